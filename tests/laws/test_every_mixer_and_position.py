@@ -20,12 +20,15 @@ from easyllm.nn.config import (
     MLPConfig,
     ModelConfig,
     MoEConfig,
+    PartialRMSNormConfig,
     RMSNormConfig,
 )
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.position_config import (
     Alibi,
+    BlockRope,
+    DebertaRelative,
     DynamicNTKScaling,
     FactorScaling,
     Learned,
@@ -39,6 +42,7 @@ from easyllm.nn.position_config import (
     Sinusoidal,
     StreamingRope,
     T5Bias,
+    TransformerXL,
     YarnScaling,
 )
 
@@ -88,8 +92,10 @@ SCORE_POSITIONS = {
     "shaw, keys alone": Shaw(max_distance=3, values=False),
     "none": NoPosition(),
 }
+RELATIVE = (TransformerXL(), DebertaRelative(max_distance=5))
 REROPES = {"rerope": ReRope(window=6), "leaky rerope": ReRope(window=6, leak=3.0)}
 EMBEDDED = {"learned": Learned(), "sinusoidal": Sinusoidal()}
+"""Positions added to the embedding."""
 LINEAR = {
     **{f"linear {name}": {"features": name} for name in ("elu", "softmax", "cosine")},
     "linear elu, rope": {"position": Rope()},
@@ -167,6 +173,14 @@ def layer_variants():
             variants[f"{placement}; {name}"] = model_config(
                 ATTENTION, norm=norm, norm_placement=placement, final_norm=placement != "post"
             )
+    deep = model_config(ATTENTION, norm=LayerNormConfig(), norm_placement="post", final_norm=False)
+    scaled = [layer.model_copy(update={"residual_scale": 2.0}) for layer in deep.layers]
+    variants["deep norm, embedding norm"] = deep.changed(layers=scaled, embedding_norm=True)
+    variants["norm head"] = model_config(ATTENTION, normalise_head=True)
+    for kind in RELATIVE:
+        variants[kind.kind] = model_config(AttentionConfig(**attention(), position=kind))
+    variants["partial rms"] = model_config(ATTENTION, norm=PartialRMSNormConfig(share=0.3))
+    variants["block rope"] = model_config(AttentionConfig(**attention(), position=BlockRope()))
     window = AttentionConfig(**attention(window=5), position=Rope(theta=100.0))
     linear = LinearAttentionConfig(num_heads=2, head_dim=8, position=Rope())
     alibi = AttentionConfig(**attention(), position=Alibi())
@@ -187,6 +201,9 @@ def bidirectional_variants():
         f"bidirectional; {name}": model_config(AttentionConfig(**options, position=kind))
         for name, kind in (ROPES | SCORE_POSITIONS).items()
     }
+    for kind in RELATIVE:
+        mixer = AttentionConfig(**options, position=kind)
+        variants[f"bidirectional {kind.kind}"] = model_config(mixer)
     for name in ("window", "soft cap"):
         mixer = AttentionConfig(**MIXERS[name], causal=False)
         variants[f"bidirectional {name}"] = model_config(mixer)

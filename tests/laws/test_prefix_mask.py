@@ -28,8 +28,10 @@ def ids_of(n, seed=0):
 def test_the_prefix_of_a_sample_ends_where_its_first_label_is_predicted():
     prompt, answer = [5, 6, 7], [8, 9, 10]
     sample = Sample.from_mask(prompt + answer, [False] * 3 + [True] * 3)
-    batch = pack([sample, sample])
-    assert batch.context(prefix=True).prefix_lengths == (3, 3)
+    batch, config = pack([sample, sample]), build_tiny().config
+    for mask, length in (("prefix", 3), ("prefix_before_last", 2)):
+        context = batch.context(mask=config.changed(prompt_mask=mask))
+        assert context.prefix_lengths == (length, length)
     assert batch.context().prefix_lengths is None
 
 

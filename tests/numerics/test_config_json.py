@@ -13,7 +13,9 @@ from easyllm.models.families import FAMILIES
 from easyllm.models.hf_config import read_config, write_config
 from tiny_hf import BASE, EXPERTS, YARN, tiny_hf
 
-TYPES = sorted(set(FAMILIES) - {"easyllm"})
+OURS_ALONE = {"easyllm", "baichuan", "chatglm", "chatglm2", "glm_blocks"}
+"""Families that `transformers` does not have."""
+TYPES = sorted(set(FAMILIES) - OURS_ALONE)
 SIZES = {
     "vocab_size": 211,
     "hidden_size": 256,

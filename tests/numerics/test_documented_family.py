@@ -53,7 +53,7 @@ def test_the_documented_family_is_read_from_gguf(tmp_path, families_restored):
     torch.testing.assert_close(model.logits(ids), reference(ids[None]).logits[0], atol=3e-5, rtol=0)
 
 
-SHARED = {"__init__.py", "family.py", "gguf_layout.py", "rope_config.py"}
+SHARED = {"__init__.py", "family.py", "gguf_layout.py", "row_order.py", "rope_config.py"}
 
 
 @pytest.mark.parametrize(

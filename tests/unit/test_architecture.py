@@ -19,7 +19,7 @@ ORDER = [
     *("tokenizer", "checkpoint", "nn", "parallel"),
     *("corpus", "examples", "batches", "quant", "adapters", "models", "plan", "engine"),
     *("train", "reporting", "prompt", "embed", "retrieval", "evaluate", "serve"),
-    *("rl", "verify", "pipeline", "lab", "cli"),
+    *("rl", "verify", "probe", "pipeline", "lab", "cli"),
 ]
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}
 FILES = sorted(SOURCE.rglob("*.py"))

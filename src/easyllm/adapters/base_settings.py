@@ -5,13 +5,13 @@ peft's files have no place for it, so it has its own file, as peft warns about u
 """
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, ValidationError
 
 from easyllm.core.atomic import write_json
 from easyllm.core.config import Config
 from easyllm.core.errors import CheckpointError, ConfigError
+from easyllm.nn.config import PromptMask
 from easyllm.nn.decoder import Decoder
 
 SETTINGS_FILE = "base_settings.json"
@@ -20,9 +20,7 @@ SETTINGS_FILE = "base_settings.json"
 class BaseSettings(Config):
     """Settings of the base model in training."""
 
-    prompt_mask: Literal["causal", "prefix"] = Field(
-        description="`ModelConfig.prompt_mask` in training."
-    )
+    prompt_mask: PromptMask = Field(description="`ModelConfig.prompt_mask` in training.")
 
     @classmethod
     def of(cls, model: Decoder) -> "BaseSettings":

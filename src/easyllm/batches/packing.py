@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from easyllm.examples.sample import AnySample, Sample, SampleGroup
-from easyllm.nn.context import AdapterRows, ForwardContext
+from easyllm.examples.sample import POSITION_ROWS, AnySample, Sample, SampleGroup
+from easyllm.nn.config import ModelConfig
+from easyllm.nn.context import AdapterRows, ForwardContext, block_position_rows
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 
 _NO_EXTRAS: Mapping[str, Any] = {}
@@ -52,7 +53,7 @@ class Batch:
     def context(
         self,
         *,
-        prefix: bool = False,
+        mask: ModelConfig | None = None,
         deterministic: bool = False,
         base_only: bool = False,
         routing: list[Any] | None = None,
@@ -60,32 +61,44 @@ class Batch:
         """Returns the context that a forward pass over this batch needs.
 
         Args:
-            prefix: tokens before the first label of a sequence attend to each other in both
-                directions (prefix language model).
+            mask: the model, whose `prompt_mask` applies to the tokens before the first label of a
+                sequence; None for a causal mask.
             deterministic: compute batch-invariant results.
             base_only: disable the model's adapter.
             routing: a list that collects the decisions of MoE routers.
         """
         index = torch.zeros_like(self.positions) if base_only else None
+        prefixes = None
+        if mask is not None and mask.has_prefix:
+            prefixes = self._prefix_lengths(mask.prefix_excludes)
         return ForwardContext(
             positions=self.positions,
             lengths=self.lengths,
-            prefix_lengths=self._prefix_lengths() if prefix else None,
+            prefix_lengths=prefixes,
+            position_rows=self._position_rows(prefixes),
             deterministic=deterministic,
             adapters=None if index is None else AdapterRows(("",), index),
             routing=routing,
         )
 
-    def _prefix_lengths(self) -> tuple[int, ...]:
+    def _position_rows(self, prefixes: tuple[int, ...] | None) -> Tensor | None:
+        """Returns the two position rows [2, T] of GLM: those of the samples, or by prefixes."""
+        if POSITION_ROWS in self.extras:
+            return self.extras[POSITION_ROWS].T
+        if prefixes is None:
+            return None
+        return block_position_rows(self.positions, self.lengths, prefixes)
+
+    def _prefix_lengths(self, excludes: int) -> tuple[int, ...]:
         """Returns the prefix length of each sequence.
 
-        The prefix ends with the token that predicts the first label. A sequence without labels is
-        all prefix.
+        The prefix ends with the token that predicts the first label, or `excludes` tokens before.
+        A sequence without labels is all prefix.
         """
         lengths = []
         for labels in self.labels.split(self.lengths):
             trained = (labels != IGNORE_INDEX).nonzero()
-            lengths.append(int(trained[0]) + 1 if len(trained) else len(labels))
+            lengths.append(int(trained[0]) + 1 - excludes if len(trained) else len(labels))
         return tuple(lengths)
 
     def padded_to_multiple(self, multiple: int) -> "Batch":

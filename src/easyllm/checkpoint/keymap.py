@@ -9,7 +9,7 @@ Every rule works in both directions, so that loading and saving always agree.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -52,14 +52,17 @@ class Fused:
     Attributes:
         ours: name templates, in order.
         theirs: the template of the file's name.
-        sizes: the number of rows of each parameter.
+        sizes: the number of rows of each parameter, or of each group of its rows.
         transposed: whether the file stores [in, out]; the parts are then concatenated as columns.
+        groups: number of groups of rows; the file contains a group of each parameter in turn
+            (the queries, keys and values of one head after another).
     """
 
     ours: tuple[str, ...]
     theirs: str
     sizes: tuple[int, ...]
     transposed: bool = False
+    groups: int = 1
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -69,17 +72,65 @@ class Fused:
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
         """Returns our parameters, given the file's tensor."""
         rows = tensor.T if self.transposed else tensor
-        if rows.shape[0] != sum(self.sizes):
+        if rows.shape[0] != self.groups * sum(self.sizes):
             return (rows,) * len(self.ours)  # the shape mismatch is reported later
-        return tuple(rows.split(self.sizes))
+        grouped = rows.unflatten(0, (self.groups, -1))
+        return tuple(part.flatten(0, 1) for part in grouped.split(self.sizes, dim=1))
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Returns the file's tensor, given our parameters."""
-        rows = torch.cat(list(parts))
+        grouped = [part.unflatten(0, (self.groups, -1)) for part in parts]
+        rows = torch.cat(grouped, dim=1).flatten(0, 1)
         return rows.T if self.transposed else rows
 
 
-Rule = Rename | Fused
+@dataclass(frozen=True)
+class Converted:
+    """Parameters whose values the file stores in another form, such as another order of rows.
+
+    Attributes:
+        rule: names, and how the file combines the parameters.
+        read: converts each parameter of the file to ours; the values are in the order of
+            `rule.templates`, None for those that are the same.
+        write: the inverse.
+    """
+
+    rule: Rename | Fused
+    read: tuple[Callable[[Tensor], Tensor] | None, ...]
+    write: tuple[Callable[[Tensor], Tensor] | None, ...]
+
+    @property
+    def theirs(self) -> str:
+        """The template of the file's name."""
+        return self.rule.theirs
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Templates of our names."""
+        return self.rule.templates
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the file stores the weight as [in, out]."""
+        return self.rule.transposed
+
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Returns our parameters, given the file's tensor."""
+        return _applied(self.read, self.rule.split(tensor))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Returns the file's tensor, given our parameters."""
+        return self.rule.join(_applied(self.write, parts))
+
+
+def _applied(
+    functions: Sequence[Callable[[Tensor], Tensor] | None], parts: Sequence[Tensor]
+) -> list[Tensor]:
+    each = zip(functions, parts, strict=True)
+    return [part if function is None else function(part) for function, part in each]
+
+
+Rule = Rename | Fused | Converted
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +337,6 @@ def _fill(template: str, numbers: Mapping[str, str]) -> str:
     return template
 
 
-def _few(names: Sequence[str], most: int = 4) -> str:
+def _few(names: Sequence[str], most: int = 10) -> str:
     shown = ", ".join(names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")

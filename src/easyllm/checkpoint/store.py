@@ -95,7 +95,7 @@ class TensorFolder:
             return [single]
         hint = ""
         if list(self.path.glob("*.bin")) or list(self.path.glob("*.pt*")):
-            hint = " (it has pickle files, which are never read; convert them to safetensors)"
+            hint = " (it has pickle files; run easyllm convert FOLDER OUT --from-bin)"
         raise CheckpointError(f"folder {str(self.path)!r} contains no {WEIGHTS}{hint}")
 
 

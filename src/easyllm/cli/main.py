@@ -76,6 +76,10 @@ COMMANDS: dict[str, dict[str, str]] = {
         "verify": "Check numerical equalities that must hold for a checkpoint; exit code 1 if "
         "one fails.",
     },
+    "probe": {
+        "probe": "Look inside a model: what its layers contribute, predict and recall, and miss if "
+        "removed.",
+    },
     "compare": {
         "compare": "Find the first token at which two models, dtypes or engines diverge, and "
         "by how much.",

@@ -76,6 +76,21 @@ def convert(
         int | None,
         typer.Option(help="Merge KV heads to this many by mean pooling (GQA; 1 is MQA)."),
     ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Experts of a layer: copies of a dense model's feed-forward, or a mixture's "
+            "experts merged into fewer (1: dense).",
+        ),
+    ] = None,
+    experts_per_token: Annotated[
+        int, typer.Option(min=1, help="With --experts: experts of a token, for a dense model.")
+    ] = 2,
+    expert_noise: Annotated[
+        float,
+        typer.Option(min=0, help="With --experts: noise on the copies, relative to the weights."),
+    ] = 0.0,
     to: Annotated[
         str | None,
         typer.Option(
@@ -97,6 +112,14 @@ def convert(
             min=1, help="Convert an adapter of any method to LoRA of at most this rank, by SVD."
         ),
     ] = None,
+    from_bin: Annotated[
+        bool,
+        typer.Option(
+            "--from-bin",
+            help="SOURCE is a folder with pickled weights (pytorch_model*.bin), whose tensors are "
+            "read in a separate process without network.",
+        ),
+    ] = False,
     adapter: AdapterFolder = None,
     json_output: JsonFlag = False,
 ) -> None:
@@ -120,15 +143,23 @@ def convert(
 
         easyllm convert smollm2 out/mqa --kv-heads 1
 
+        easyllm convert smollm2 out/moe --experts 4 --experts-per-token 2
+
         easyllm convert smollm2 out/long --rope yarn --rope-factor 4
 
         easyllm convert runs/dora/adapter out/lora --lora-rank 16
+
+        easyllm convert chatglm2-6b out/chatglm2 --from-bin
     """
     from easyllm.core.atomic import check_output_free
     from easyllm.core.errors import ConfigError
 
     context = context_config(rope, rope_factor)
-    changes: Given = {"--kv-heads": kv_heads, "--rope": context}
+    changes: Given = {"--kv-heads": kv_heads, "--rope": context, "--experts": None}
+    if experts is not None:
+        changes["--experts"] = (experts, experts_per_token, expert_noise)
+    elif experts_per_token != 2 or expert_noise:
+        raise ConfigError("--experts-per-token and --expert-noise need --experts")
     formats: Given = {"--dtype": dtype, "--to": to, "--type": gguf_type}
     if lora_rank is not None:
         _refuse({**changes, **formats}, "changes a model, but --lora-rank converts an adapter")
@@ -138,7 +169,14 @@ def convert(
     if adapter is not None:
         raise ConfigError("--adapter is converted with --lora-rank; to apply it, use easyllm merge")
     check_output_free(target)
-    folder = _converted(source, target, changes, formats)
+    if from_bin:
+        others = {**changes, "--to": to, "--type": gguf_type}
+        _refuse(others, "and --from-bin cannot be combined; convert twice")
+        from easyllm.pipeline.from_bin import convert_pickled
+
+        folder = convert_pickled(source, target, dtype)
+    else:
+        folder = _converted(source, target, changes, formats)
     if json_output:
         print_json({"folder": str(folder)})
     else:
@@ -152,6 +190,7 @@ Given = dict[str, Any]
 def _converted(source: str, target: Path, changes: Given, formats: Given) -> Path:
     """Converts a model to a folder, or to a GGUF file."""
     from easyllm.core.errors import ConfigError
+    from easyllm.models.experts import ExpertChange
     from easyllm.pipeline.relayout import relayout, to_gguf
     from easyllm.pipeline.stages import convert_model
 
@@ -166,7 +205,10 @@ def _converted(source: str, target: Path, changes: Given, formats: Given) -> Pat
         _refuse(changes, "and --to cannot be combined; convert twice")
         return relayout(source, target, to, dtype)
     heads, context = changes["--kv-heads"], changes["--rope"]
-    return convert_model(source, target, dtype, num_kv_heads=heads, context=context)
+    experts = None if changes["--experts"] is None else ExpertChange(*changes["--experts"])
+    return convert_model(
+        source, target, dtype, num_kv_heads=heads, context=context, experts=experts
+    )
 
 
 def _refuse(given: Given, why: str) -> None:

@@ -11,12 +11,8 @@ in use, is added to the table of positions when the weights are loaded.
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from easyllm.nn.config import AttentionConfig, LayerConfig, LayerNormConfig, MLPConfig, ModelConfig
-from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.norm import build_norm
 from easyllm.nn.position_config import Learned, NoPosition
 
 
@@ -59,6 +55,7 @@ class EncoderShape:
             layers=(layer,) * self.num_layers,
             norm=LayerNormConfig(eps=self.norm_eps),
             embedding_position=Learned(),
+            embedding_norm=True,
             final_norm=False,
             tie_embeddings=True,
         )
@@ -73,12 +70,6 @@ class TextEncoder(Decoder):
 
     def __init__(self, shape: EncoderShape) -> None:
         super().__init__(shape.model_config())
-        self.embedding_norm = build_norm(self.config.norm, shape.hidden_size)
-
-    def embed(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
-        """Returns the input of the first layer, [T, D] fp32."""
-        normed: Tensor = self.embedding_norm(super().embed(token_ids, context))
-        return normed.float()
 
 
 __all__ = ["EncoderShape", "TextEncoder"]

@@ -229,7 +229,7 @@ class _Search:
     def _run(self, parts: list[tuple[_Beam, tuple[int, ...], int]], rows: int) -> Tensor:
         copies: Copies = {}
         pieces = []
-        prefix = len(self.prompt) if self.engine.scheduler.prefix else 0
+        prefix = self.engine.scheduler.prefix_length(len(self.prompt))
         for beam, tokens, start in parts:
             found = beam.table.reserve(start, start + len(tokens), copies)
             assert found, "the page count was checked when the search started"

@@ -27,7 +27,7 @@ from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.norm import OffsetRMSNorm, RMSNorm
-from easyllm.nn.position import RotaryPosition
+from easyllm.nn.rotary import RotaryPosition
 from easyllm.ops.huge_memory import (
     BufferCache,
     cached_empty,

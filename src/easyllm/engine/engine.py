@@ -88,7 +88,7 @@ class Engine:
         first = config.vocab_size  # ids of virtual tokens follow those of the vocabulary
         self._virtual = tuple(range(first, first + model.num_virtual_tokens))
         self.drafter, self._runner = drafter, runner
-        whole = config.prompt_mask == "prefix" or keys_depend_on_length(config)
+        whole = config.has_prefix or keys_depend_on_length(config)
         self.pool = PagePool(
             self.memory.num_pages,
             options.page_size,
@@ -102,7 +102,8 @@ class Engine:
             window=rolling.window if rolling else None,
             num_sinks=rolling.num_sinks if rolling else 0,
             unchunked_prefill=whole,
-            prefix=config.prompt_mask == "prefix",
+            prefix=config.has_prefix,
+            prefix_excludes=config.prefix_excludes,
         )
         self._requests: dict[int, RequestState] = {}
         self._generations: dict[int, Generation] = {}  # by the id of their sequence

@@ -22,8 +22,8 @@ from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, LayerConfig, MoEConfig
 from easyllm.nn.context import ForwardContext, RecurrentStep
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.position import RotaryPosition
 from easyllm.nn.position_config import DynamicNTKScaling, Rope
+from easyllm.nn.rotary import RotaryPosition
 from easyllm.ops.attention_backends import TRITON_PAGES
 from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.gpu import triton_unsupported_reason

@@ -10,7 +10,7 @@ from easyllm.engine.compiled_step import CompiledStep
 from easyllm.engine.graph_step import GraphStep
 from easyllm.engine.kv_cache import KVCache, PagedStore
 from easyllm.engine.step import ScheduledChunk, Step
-from easyllm.nn.context import AdapterRows, ForwardContext
+from easyllm.nn.context import AdapterRows, ForwardContext, block_position_rows
 from easyllm.nn.decoder import Decoder
 
 
@@ -132,13 +132,18 @@ class DecoderRunner:
             sequence_ids=[piece.sequence_id for piece in pieces],
             paged_only=self.deterministic,
         )
-        prefixes = tuple(piece.prefix for piece in pieces)
+        starts = tuple(piece.prefix for piece in pieces)
+        # a decoded token sees all earlier ones anyway, and no kernel has to know of the prefix
+        prefixes = tuple(
+            n if piece.start < n else 0 for n, piece in zip(starts, pieces, strict=True)
+        )
         context = ForwardContext.packed(
             lengths,
             device=device,
             store=store,
             offsets=offsets,
             prefix_lengths=prefixes if any(prefixes) else None,
+            position_rows=self._position_rows(lengths, offsets, starts),
             deterministic=self.deterministic,
             adapters=self._adapter_rows(pieces, lengths),
         )
@@ -154,6 +159,15 @@ class DecoderRunner:
             hidden, context = hidden.index_select(0, chosen), context.of_rows(chosen)
         logits: Tensor = self.model.head(hidden, context)
         return logits
+
+    def _position_rows(
+        self, lengths: list[int], offsets: list[int], starts: tuple[int, ...]
+    ) -> Tensor | None:
+        """Returns the two position rows of GLM [2, T]; None if the model's prompts are causal."""
+        if not self.model.config.has_prefix:
+            return None
+        parts = [torch.arange(o, o + n) for o, n in zip(offsets, lengths, strict=True)]
+        return block_position_rows(torch.cat(parts), tuple(lengths), starts).to(self.model.device)
 
     def _adapter_rows(
         self, pieces: Sequence[ScheduledChunk], lengths: Sequence[int]
@@ -182,7 +196,8 @@ class DecoderRunner:
 def _decodes_with(step: SingleCallStep, pieces: Sequence[ScheduledChunk]) -> bool:
     """Whether a single-call step computes all rows: they only decode, and it has their adapters."""
     only_decodes = all(
-        piece.num_logit_rows == len(piece.token_ids) and not piece.prefix for piece in pieces
+        piece.num_logit_rows == len(piece.token_ids) and piece.start >= piece.prefix
+        for piece in pieces
     )
     return (
         only_decodes

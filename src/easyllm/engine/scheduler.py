@@ -65,6 +65,7 @@ class Scheduler:
         num_sinks: number of first tokens (attention sinks) whose pages are retained nevertheless.
         unchunked_prefill: whether prompts are prefilled unchunked, even beyond the budget.
         prefix: whether attention among the prompt's tokens is bidirectional (prefix LM).
+        prefix_excludes: number of last tokens of a prompt for which it is not.
     """
 
     def __init__(
@@ -77,11 +78,13 @@ class Scheduler:
         num_sinks: int = 0,
         unchunked_prefill: bool = False,
         prefix: bool = False,
+        prefix_excludes: int = 0,
     ) -> None:
         assert max_running <= max_step_tokens, "every running sequence decodes in every step"
         self.pool, self.window, self.num_sinks = pool, window, num_sinks
         self.max_running, self.max_step_tokens = max_running, max_step_tokens
-        self.unchunked_prefill, self.prefix = unchunked_prefill, prefix
+        self.unchunked_prefill = unchunked_prefill
+        self.prefix, self.prefix_excludes = prefix, prefix_excludes
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
@@ -297,9 +300,13 @@ class Scheduler:
             start=start,
             pages=tuple(sequence.table.pages),
             num_logit_rows=rows,
-            prefix=sequence.prompt_length if self.prefix else 0,
+            prefix=self.prefix_length(sequence.prompt_length),
             adapter=sequence.namespace.adapter,
         )
+
+    def prefix_length(self, prompt_length: int) -> int:
+        """Returns the number of first tokens of a prompt with bidirectional attention."""
+        return prompt_length - self.prefix_excludes if self.prefix else 0
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.table is not None, "only a sequence with a page table has pages to release"

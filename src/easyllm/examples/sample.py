@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from easyllm.core.json_types import JsonMapping
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 
+POSITION_ROWS = "position_rows"
+"""Name of the per-token extra with GLM's two positions, [T, 2] int64."""
 _NO_EXTRAS: JsonMapping = {}
 
 
@@ -69,4 +71,4 @@ class SampleGroup:
 AnySample = Sample | SampleGroup
 
 
-__all__ = ["AnySample", "Sample", "SampleGroup"]
+__all__ = ["POSITION_ROWS", "AnySample", "Sample", "SampleGroup"]

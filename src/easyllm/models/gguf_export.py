@@ -263,7 +263,7 @@ class _Plan:
             for name, parameter in model.named_parameters()
             if "adapter" not in name.split(".")  # merged before the file is written
         }
-        self._keymap = keymap_of(model.config)
+        self._keymap = keymap_of(model.config, gguf=True)
         self._names = {theirs: ours for ours, theirs in layout.names.items()}
 
     def metadata(self, name: str) -> JsonObject:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from easyllm.checkpoint.gguf import GGUFFile
 from easyllm.checkpoint.gguf_parts import SplitGGUF
-from easyllm.checkpoint.keymap import Binding
+from easyllm.checkpoint.keymap import Binding, Converted
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.models.families import layout_of
@@ -147,7 +147,7 @@ class GGUFTensors:
 def kept_type(binding: Binding, tensors: GGUFTensors) -> str | None:
     """Returns the block type of weights that can be kept as the file stores them; None if not."""
     rule = binding.rule
-    if rule.transposed or binding.theirs not in tensors.shapes:
+    if isinstance(rule, Converted) or rule.transposed or binding.theirs not in tensors.shapes:
         return None
     return tensors.block_type(binding.theirs)
 

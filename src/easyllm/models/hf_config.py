@@ -60,7 +60,11 @@ def read_config(hf: JsonMapping) -> ModelConfig:
     Raises:
         CheckpointError: its `model_type` is unknown, or it sets an option that is not implemented.
     """
-    config = family_of(hf.get("model_type")).read_config(hf)
+    try:
+        family = family_of(hf.get("model_type"))
+    except CheckpointError as error:
+        raise _unknown_code(hf, error) from None
+    config = family.read_config(hf)
     shared: JsonObject = {}
     if str((hf.get("architectures") or [""])[0]).endswith(CLASSIFIER):
         labels = hf.get("id2label")
@@ -70,6 +74,22 @@ def read_config(hf: JsonMapping) -> ModelConfig:
     if hf.get("prompt_mask") is not None:
         shared["prompt_mask"] = hf["prompt_mask"]
     return config.changed(**shared) if shared else config
+
+
+def _unknown_code(hf: JsonMapping, error: CheckpointError) -> CheckpointError:
+    """Returns the error for an unknown family, which names the class that its code would define."""
+    classes = hf.get("auto_map")
+    named = (
+        classes.get("AutoModelForCausalLM") or classes.get("AutoModel")
+        if (isinstance(classes, Mapping))
+        else None
+    )
+    if not isinstance(named, str):
+        return error
+    return CheckpointError(
+        f"{error}; its auto_map names {named}, code that would have to be written as a family: a "
+        "reader of its config.json and a map of its tensors (register_family)"
+    )
 
 
 def write_config(config: ModelConfig) -> JsonObject:

@@ -7,9 +7,16 @@ from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 
 
-def keymap_of(config: ModelConfig) -> KeyMap:
-    """Returns the map from parameter names to Hugging Face tensor names."""
-    return with_score(family_named(config.family).keymap(config))
+def keymap_of(config: ModelConfig, *, gguf: bool = False) -> KeyMap:
+    """Returns the map from parameter names to Hugging Face tensor names.
+
+    Args:
+        config: the model configuration.
+        gguf: whether the names are those that a GGUF file's tensors are presented under.
+    """
+    family = family_named(config.family)
+    keymap = family.gguf_keymap if gguf and family.gguf_keymap is not None else family.keymap
+    return with_score(keymap(config))
 
 
 class HFNames:

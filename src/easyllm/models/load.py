@@ -13,7 +13,7 @@ from torch import Tensor
 from easyllm.checkpoint.file_state import FileState
 from easyllm.checkpoint.gguf import GGUFFile
 from easyllm.checkpoint.gguf_parts import SplitGGUF, open_gguf
-from easyllm.checkpoint.keymap import Binding
+from easyllm.checkpoint.keymap import Binding, KeyMap
 from easyllm.checkpoint.store import TensorFolder
 from easyllm.core.config import first_problem
 from easyllm.core.device import parse_dtype, pick_device
@@ -203,7 +203,7 @@ class OpenSource:
             return {name: (layers[name], packed) for name in names}
         found: PackedLayers = {}
         if isinstance(self.tensors, GGUFTensors):
-            for binding in keymap_of(self.config).bindings(layers):
+            for binding in self.keymap().bindings(layers):
                 kind = kept_type(binding, self.tensors)
                 if kind is not None:
                     found |= {name: (layers[name], gguf_format(kind)) for name in binding.ours}
@@ -299,7 +299,7 @@ class OpenSource:
             CheckpointError: they do not match.
         """
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        return keymap_of(self.config).check(
+        return self.keymap().check(
             expected,
             self.tensors.shapes,
             source=str(self.path),
@@ -313,7 +313,7 @@ class OpenSource:
         Args:
             names: parameter names of `Decoder` (not Hugging Face names).
         """
-        keymap = keymap_of(self.config)
+        keymap = self.keymap()
         found: dict[str, Tensor] = {}
         for binding in keymap.bindings(names):
             if binding.theirs in self.tensors.shapes:
@@ -324,6 +324,10 @@ class OpenSource:
                     if name in names
                 }
         return found
+
+    def keymap(self) -> KeyMap:
+        """Returns the map from parameter names to the names of `tensors`."""
+        return keymap_of(self.config, gguf=self.gguf is not None)
 
     def skeleton(self) -> Decoder:
         """Builds the model on the meta device, without weights."""

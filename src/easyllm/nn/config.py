@@ -16,6 +16,7 @@ from pydantic import (
 
 from easyllm.core.config import Config
 from easyllm.nn.position_config import (
+    BlockRope,
     DynamicNTKScaling,
     EmbeddingPosition,
     FactorScaling,
@@ -40,6 +41,16 @@ class RMSNormConfig(Config):
     )
 
 
+class PartialRMSNormConfig(Config):
+    """pRMSNorm: RMSNorm with the mean square of the first dims alone (arXiv 1910.07467, 4.2)."""
+
+    kind: Literal["partial_rms_norm"] = "partial_rms_norm"
+    eps: PositiveFloat = Field(default=1e-5, description="ε, added to the mean square.")
+    share: float = Field(
+        default=0.0625, gt=0, le=1, description="Share p of the dims in the mean square."
+    )
+
+
 class LayerNormConfig(Config):
     """LayerNorm: (x - mean) / √(var + eps) ⊙ weight + bias (Ba et al. 2016, arXiv 1607.06450)."""
 
@@ -48,7 +59,9 @@ class LayerNormConfig(Config):
     bias: bool = Field(default=True, description="Whether a learned bias is added.")
 
 
-Norm = Annotated[RMSNormConfig | LayerNormConfig, Field(discriminator="kind")]
+Norm = Annotated[
+    RMSNormConfig | PartialRMSNormConfig | LayerNormConfig, Field(discriminator="kind")
+]
 
 # ---- mixers
 
@@ -177,6 +190,8 @@ def check_rotary(position: Config, head_dim: int) -> None:
                 f"got {len(scaling.factors)} RoPE factors for {width // 2} pairs of dims; "
                 "give one factor per pair"
             )
+    if isinstance(position, BlockRope) and head_dim % 4:
+        raise ValueError(f"head_dim={head_dim} must be divisible by 4 for block_rope")
     if isinstance(position, ReRope | StreamingRope) and head_dim % 2:
         raise ValueError(f"head_dim={head_dim} must be even for {position.kind}")
 
@@ -225,6 +240,13 @@ class MoEConfig(Config):
         description="`softmax_topk` takes the top k of the softmax over all experts (Switch, "
         "Qwen), `topk_softmax` takes the softmax over the top k logits (Mixtral).",
     )
+    gate: Literal["top_k", "noisy_top_k", "random_second"] = Field(
+        default="top_k",
+        description="What is added in training: noise of a learned width on the logits "
+        "(`noisy_top_k`: Shazeer et al. 2017, arXiv 1701.06538), or experts after the first are "
+        "used with a probability of twice their weight (`random_second`, GShard: Lepikhin et al. "
+        "2020, arXiv 2006.16668).",
+    )
     normalise: bool = Field(
         default=True,
         description="Whether the weights of the selected experts are divided by their sum "
@@ -262,6 +284,10 @@ class MoEConfig(Config):
                 f"experts_per_token={self.experts_per_token} is more than "
                 f"num_experts={self.num_experts}; lower it"
             )
+        if self.gate == "random_second" and self.experts_per_token < 2:
+            raise ValueError(
+                "gate=random_second leaves out experts after the first; set experts_per_token to 2"
+            )
         if self.shared_gate and self.shared is None:
             raise ValueError("shared_gate needs a shared expert; set shared or remove shared_gate")
         return self
@@ -271,6 +297,8 @@ FeedForward = Annotated[GLUConfig | MLPConfig | MoEConfig, Field(discriminator="
 
 # ---- layers and models
 
+PromptMask = Literal["causal", "prefix", "prefix_before_last"]
+
 
 class LayerConfig(Config):
     """One layer: a token mixer, a feed-forward, and the placement of their norms."""
@@ -279,8 +307,22 @@ class LayerConfig(Config):
     feed_forward: FeedForward = Field(description="The feed-forward.")
     norm_placement: Literal["pre", "post", "sandwich"] = Field(
         default="pre",
-        description="`pre` is x + f(N(x)), `post` is N(x + f(x)), `sandwich` is x + N(f(N(x))).",
+        description="`pre` is x + f(N(x)), `post` is N(α x + f(x)), `sandwich` is x + N(f(N(x))).",
     )
+    residual_scale: PositiveFloat = Field(
+        default=1.0,
+        description="α of `post` (DeepNorm: Wang et al. 2022, arXiv 2203.00555; in a decoder "
+        "(2L)^¼ there, (2L)^½ in GLM-130B and ChatGLM-6B).",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LayerConfig":
+        if self.residual_scale != 1 and self.norm_placement != "post":
+            raise ValueError(
+                f"residual_scale={self.residual_scale} needs norm_placement post, got "
+                f"{self.norm_placement}; set one of them"
+            )
+        return self
 
 
 class ModelConfig(Config):
@@ -305,12 +347,20 @@ class ModelConfig(Config):
     embedding_scale: PositiveFloat = Field(
         default=1.0, description="Factor on the embedding (Gemma: √D)."
     )
+    embedding_norm: bool = Field(
+        default=False, description="Whether a norm follows the embedding (ChatGLM-6B, BLOOM)."
+    )
     final_norm: bool = Field(
         default=True,
         description="Whether a norm precedes the output head (post-norm models have none).",
     )
     tie_embeddings: bool = Field(
         default=False, description="Whether the output head uses the embedding's matrix."
+    )
+    normalise_head: bool = Field(
+        default=False,
+        description="Whether the rows of the output head are scaled to unit length (NormHead of "
+        "Baichuan 2: Yang et al. 2023, arXiv 2309.10305, section 2.6).",
     )
     logit_softcap: PositiveFloat | None = Field(
         default=None,
@@ -321,10 +371,11 @@ class ModelConfig(Config):
         description="Size of a score head (number of classes, or 1 for a reward) that replaces the "
         "output projection; null for none.",
     )
-    prompt_mask: Literal["causal", "prefix"] = Field(
+    prompt_mask: PromptMask = Field(
         default="causal",
         description="Whether prompt tokens see only earlier tokens (`causal`) or each other in "
-        "both directions (`prefix`; prefix language model: Dong et al. 2019, arXiv 1905.03197).",
+        "both directions (`prefix`: arXiv 1905.03197), all but the last in `prefix_before_last` "
+        "(GLM: arXiv 2103.10360).",
     )
     bos_token_id: int | None = Field(default=None, description="Id of BOS; null for none.")
     eos_token_ids: tuple[int, ...] = Field(default=(), description="Ids that end a generation.")
@@ -345,13 +396,23 @@ class ModelConfig(Config):
         return any(isinstance(layer.feed_forward, MoEConfig) for layer in self.layers)
 
     @property
+    def has_prefix(self) -> bool:
+        """Whether tokens of a prompt see each other in both directions."""
+        return self.prompt_mask != "causal"
+
+    @property
+    def prefix_excludes(self) -> int:
+        """Number of last tokens of a prompt that its other tokens do not see."""
+        return int(self.prompt_mask == "prefix_before_last")
+
+    @property
     def is_length_invariant(self) -> bool:
         """Whether a token's hidden state depends on itself and the tokens in front of it alone.
 
         It does not if attention is bidirectional, in a prefix language model, or if positions are
         scaled by the length of the sequence.
         """
-        causal = all(layer.mixer.causal for layer in self.layers) and self.prompt_mask != "prefix"
+        causal = all(layer.mixer.causal for layer in self.layers) and not self.has_prefix
         positions = (getattr(layer.mixer, "position", None) for layer in self.layers)
         scaled = (isinstance(getattr(p, "scaling", None), DynamicNTKScaling) for p in positions)
         return causal and not any(scaled)
@@ -363,9 +424,14 @@ class ModelConfig(Config):
                 f"hidden_size={self.hidden_size} must be even for sinusoidal positions"
             )
         mixers = {layer.mixer.kind for layer in self.layers}
-        if self.prompt_mask == "prefix" and "linear_attention" in mixers:
+        if self.has_prefix and "linear_attention" in mixers:
             raise ValueError(
-                "prompt_mask=prefix needs softmax attention in all layers, but some have linear "
-                "attention; set prompt_mask to causal or change the mixers"
+                f"prompt_mask={self.prompt_mask} needs softmax attention in all layers, but some "
+                "have linear attention; set prompt_mask to causal or change the mixers"
+            )
+        if self.normalise_head and self.tie_embeddings:
+            raise ValueError(
+                "normalise_head scales the rows of a separate output head; set tie_embeddings to "
+                "false"
             )
         return self

@@ -110,6 +110,9 @@ class ForwardContext:
         prefix_lengths: number of first tokens of each sequence that see each other in both
             directions (UniLM's mask); with a store, the first pass of a sequence must contain the
             complete prefix.
+        position_rows: [2, T] int64, the two positions of each token for GLM's 2-D positions: in the
+            text, where a block has that of its mask, and in the block (`block_position_rows`);
+            None for a text without blocks.
         store: the KV cache with earlier keys and values; None if all keys are in this pass.
         deterministic: whether results are batch-invariant: a row is bitwise independent of the
             other rows (`nn/deterministic`).
@@ -125,6 +128,7 @@ class ForwardContext:
     positions: Tensor
     lengths: tuple[int, ...]
     prefix_lengths: tuple[int, ...] | None = None
+    position_rows: Tensor | None = None
     store: KeyValueStore | None = None
     deterministic: bool = False
     adapters: AdapterRows | None = None
@@ -142,6 +146,7 @@ class ForwardContext:
         store: KeyValueStore | None = None,
         offsets: list[int] | None = None,
         prefix_lengths: tuple[int, ...] | None = None,
+        position_rows: Tensor | None = None,
         deterministic: bool = False,
         adapters: AdapterRows | None = None,
         routing: list[Any] | None = None,
@@ -163,6 +168,7 @@ class ForwardContext:
             lengths=tuple(lengths),
             store=store,
             prefix_lengths=prefix_lengths,
+            position_rows=position_rows,
             deterministic=deterministic,
             adapters=adapters,
             routing=routing,
@@ -200,6 +206,26 @@ class ForwardContext:
         return replace(self, adapters=AdapterRows(self.adapters.names, self.adapters.index[rows]))
 
 
+def block_position_rows(
+    positions: Tensor, lengths: tuple[int, ...], starts: tuple[int, ...]
+) -> Tensor:
+    """Returns the position rows [2, T] of prompts that are followed by one generated block.
+
+    A token of the prompt at position p has (p, 0); the n-th token of the block, from 1, has the
+    position of the prompt's last token (GLM's mask) and n (Du et al. 2021, arXiv 2103.10360,
+    section 2.2.1).
+
+    Args:
+        positions: [T] int64, the position of each token in its sequence.
+        lengths: number of tokens of each sequence.
+        starts: the position at which the block of each sequence starts.
+    """
+    counts = torch.tensor(lengths, device=positions.device)
+    start = torch.tensor(starts, device=positions.device).repeat_interleave(counts)
+    in_text = torch.minimum(positions, (start - 1).clamp(min=0))
+    return torch.stack([in_text, (positions - start + 1).clamp(min=0)])
+
+
 __all__ = [
     "AdapterRows",
     "ForwardContext",
@@ -207,4 +233,5 @@ __all__ = [
     "RecurrentStep",
     "SharedRows",
     "VirtualRows",
+    "block_position_rows",
 ]

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from easyllm.core.errors import ConfigError
 from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, LayerConfig, LinearAttentionConfig, ModelConfig
-from easyllm.nn.context import AdapterRows, ForwardContext
+from easyllm.nn.context import AdapterRows, ForwardContext, block_position_rows
 from easyllm.nn.cost import Activation, CostTrace, LayerTrace
 from easyllm.nn.embedding_position import build_embedding_position
 from easyllm.nn.feed_forward import build_feed_forward
+from easyllm.nn.gradient_scale import GradientScale
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.linear_attention import LinearAttention
-from easyllm.nn.norm import build_norm, sum_and_norm
+from easyllm.nn.norm import Scale, build_norm, sum_and_norm
+from easyllm.nn.norm_head import NormHead
 from easyllm.nn.storage import DenseWeight
 from easyllm.nn.virtual_tokens import ModelAdapter, VirtualTokens, prepend_virtual_tokens
 
@@ -59,17 +61,24 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: LayerConfig, model: ModelConfig, number: int) -> None:
         super().__init__()
 
+        alpha, kind = config.residual_scale, model.norm
+        if alpha != 1:  # see `Scale`
+            kind = kind.model_copy(update={"eps": kind.eps / alpha**2})
+
         def norm(*placements: str) -> nn.Module:
             wanted = config.norm_placement in placements
-            return build_norm(model.norm, model.hidden_size) if wanted else nn.Identity()
+            return build_norm(kind, model.hidden_size) if wanted else nn.Identity()
+
+        def post_norm() -> nn.Module:
+            return norm("sandwich") if alpha == 1 else Scale(1 / alpha)
 
         self.mixer_norm = norm("pre", "sandwich")
         self.mixer = build_mixer(config.mixer, model.hidden_size, number)
-        self.mixer_post_norm = norm("sandwich")
+        self.mixer_post_norm = post_norm()
         self.mixer_after_norm = norm("post")
         self.feed_forward_norm = norm("pre", "sandwich")
         self.feed_forward = build_feed_forward(config.feed_forward, model.hidden_size, number)
-        self.feed_forward_post_norm = norm("sandwich")
+        self.feed_forward_post_norm = post_norm()
         self.feed_forward_after_norm = norm("post")
         self.dropout = nn.Dropout(0.0)  # on the outputs of both blocks; training may raise it
 
@@ -147,8 +156,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embedding_gradient = GradientScale()  # training may shrink it
         self.embedding_position = build_embedding_position(
             config.embedding_position, config.max_seq_len, config.hidden_size
+        )
+        self.embedding_norm = (
+            build_norm(config.norm, config.hidden_size) if config.embedding_norm else nn.Identity()
         )
         self.layers = nn.ModuleList(
             DecoderLayer(layer, config, number) for number, layer in enumerate(config.layers)
@@ -157,7 +170,8 @@ class Decoder(nn.Module):
             build_norm(config.norm, config.hidden_size) if config.final_norm else nn.Identity()
         )
         projects = config.num_labels is None and not config.tie_embeddings
-        self.lm_head = Linear(config.hidden_size, config.vocab_size) if projects else None
+        head = NormHead if config.normalise_head else Linear
+        self.lm_head = head(config.hidden_size, config.vocab_size) if projects else None
         self.score = Linear(config.hidden_size, config.num_labels) if config.num_labels else None
         self.model_adapter: ModelAdapter | None = None
         self.adapter_sets: dict[str, Any] = {}  # attached adapters by name (`adapters.AdapterSet`)
@@ -246,10 +260,11 @@ class Decoder(nn.Module):
     def embed(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
         """Returns the residual stream in front of the first layer, [T, D] in at least fp32."""
         x = to_at_least_fp32(self.embed_tokens(token_ids, context)) * self.config.embedding_scale
+        x = self.embedding_gradient(x)
         if isinstance(context.virtual, VirtualTokens):
             x = context.virtual.embed(x)
-        placed: Tensor = self.embedding_position(x, context.positions)
-        return placed
+        placed = self.embedding_position(x, context.positions, context.position_rows)
+        return to_at_least_fp32(self.embedding_norm(placed))
 
     def forward(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
         """Returns the final hidden states, normalised and ready for the head.
@@ -296,6 +311,7 @@ class Decoder(nn.Module):
         self,
         token_ids: Tensor | list[int],
         *,
+        prefix: int = 0,
         deterministic: bool = False,
         adapter: str | None = None,
     ) -> Tensor:
@@ -303,6 +319,8 @@ class Decoder(nn.Module):
 
         Args:
             token_ids: [T].
+            prefix: number of first tokens that see each other in both directions, in a model with
+                such prompts (`ModelConfig.prompt_mask`); in GLM the block starts after them.
             deterministic: as in `ForwardContext`.
             adapter: the name of the adapter to use if several are attached; `""` is the base model.
 
@@ -316,9 +334,15 @@ class Decoder(nn.Module):
         rows = None
         if adapter is not None:
             rows = AdapterRows.of_sequences([adapter], [ids.numel()], device=self.device)
+        prefixes = (prefix,) if prefix else None
+        positions = torch.arange(ids.numel(), device=self.device)
         context = ForwardContext.packed(
             [ids.numel()],
             device=self.device,
+            prefix_lengths=prefixes,
+            position_rows=block_position_rows(positions, (ids.numel(),), (prefix,))
+            if prefix
+            else None,
             deterministic=deterministic,
             adapters=rows,
         )

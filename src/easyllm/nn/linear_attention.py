@@ -7,7 +7,8 @@ from easyllm.nn.config import LinearAttentionConfig
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.cost import FP32, Activation, CostTrace
 from easyllm.nn.linear import Linear
-from easyllm.nn.position import RotaryPosition, build_position
+from easyllm.nn.position import build_position
+from easyllm.nn.rotary import RotaryPosition
 from easyllm.ops.linear_attention import (
     FEATURE_MAPS,
     Features,

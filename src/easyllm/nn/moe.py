@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from easyllm.nn.config import MoEConfig
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.cost import FP32, INT64, Activation, CostTrace
+from easyllm.nn.gates import build_gate
 from easyllm.nn.glu import GLU
 from easyllm.nn.linear import Linear
 
-ROUTERS = ("router", "shared_gate")
+ROUTERS = ("router", "shared_gate", "gate", "noise")
 """Names of the linears that select or gate experts: small, but decisive for the result."""
 
 
@@ -66,6 +67,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.router = Linear(hidden_size, config.num_experts)
+        self.gate = build_gate(config.gate, hidden_size, config.num_experts)
         self.experts = nn.ModuleList(
             GLU(config.expert, hidden_size) for _ in range(config.num_experts)
         )
@@ -76,8 +78,8 @@ class MoE(nn.Module):
         """Returns the output [T, D] for `x: [T, D]`."""
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = self.router.wide(x.to(wide), context)  # [T, E]
-        weights, chosen = self.route(logits)
-        dropped = self._overflow(chosen)
+        weights, chosen = self.route(self.gate.disturbed(logits, x.to(wide), context))
+        dropped = self._overflow(chosen, self.gate.skipped(weights))
         if context.routing is not None:
             context.routing.append(Routing(self.layer, self.config, logits, chosen, dropped))
         out = self._run_experts(x, weights.masked_fill(dropped, 0.0), chosen, dropped, context)
@@ -96,6 +98,7 @@ class MoE(nn.Module):
             x.name if work.itemsize == FP32 else "x.wide", tokens * width * FP32, x.grad
         )
         logits = trace.linear(self.router, "router", wide, part="router")
+        self.gate.cost(trace, wide)
         rows = self._routed_rows(tokens)
         if logits.grad:
             self._routing_cost(trace, width, rows)
@@ -168,20 +171,23 @@ class MoE(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         return weights, chosen
 
-    def _overflow(self, chosen: Tensor) -> Tensor:
-        """Choices that exceed an expert's capacity, [T, k] bool.
+    def _overflow(self, chosen: Tensor, skipped: Tensor | None = None) -> Tensor:
+        """Choices that are not made, or exceed an expert's capacity, [T, k] bool.
 
         First choices take priority, then earlier tokens (Lepikhin et al. 2020, arXiv 2006.16668,
         algorithm 1).
         """
         factor = self.config.capacity_factor
         if factor is None or not self.training:
-            return torch.zeros_like(chosen, dtype=torch.bool)
+            return torch.zeros_like(chosen, dtype=torch.bool) if skipped is None else skipped
         num_tokens, k = chosen.shape
         capacity = max(1, int(num_tokens * k / self.config.num_experts * factor))
         by_rank = nn.functional.one_hot(chosen.T.flatten(), self.config.num_experts)
+        if skipped is not None:  # they take no place
+            by_rank = by_rank * (~skipped).T.flatten()[:, None]
         place = (by_rank.cumsum(0) * by_rank).sum(-1)  # 1 for an expert's first token
-        return (place > capacity).view(k, num_tokens).T
+        dropped = (place > capacity).view(k, num_tokens).T
+        return dropped if skipped is None else dropped | skipped
 
     def _run_experts(
         self,

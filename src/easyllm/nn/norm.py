@@ -1,10 +1,12 @@
 """Normalisation of hidden states, computed in fp32 regardless of the input dtype."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from easyllm.nn.config import LayerNormConfig, RMSNormConfig
+from easyllm.nn.config import LayerNormConfig, PartialRMSNormConfig, RMSNormConfig
 from easyllm.nn.cost import FP32, Activation, CostTrace
 from easyllm.nn.hooks import has_hooks
 from easyllm.ops.norm import add_rms_norm, rms_norm
@@ -99,8 +101,81 @@ class LayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
 
-def build_norm(config: RMSNormConfig | LayerNormConfig, width: int) -> nn.Module:
+class PartialRMSNorm(nn.Module):
+    """pRMSNorm: x / √(mean of the first ⌈p D⌉ squares + ε) ⊙ w (arXiv 1910.07467, section 4.2)."""
+
+    def __init__(self, config: PartialRMSNormConfig, width: int) -> None:
+        super().__init__()
+        self.eps, self.measured = config.eps, math.ceil(width * config.share)
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised `x: [..., width]`, in the dtype of the weights."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = wide[..., : self.measured].square().mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(mean + self.eps) * self.weight).to(self.weight.dtype)
+
+    def cost(
+        self, trace: CostTrace, x: Activation, name: str, *, rows: int | None = None
+    ) -> Activation:
+        """Records `x`, its measured dims, the inverse RMS of each row, and the normalised rows."""
+        rows, width = trace.work.tokens if rows is None else rows, len(self.weight)
+        if x.grad:
+            trace.keep_all(x)
+            trace.keep(f"{name}.measured", rows * self.measured * FP32)
+            trace.keep(f"{name}.inverse", rows * FP32)
+            trace.keep(f"{name}.normal", rows * width * FP32)
+        return trace.made(name, width, grad=x.grad, rows=rows)
+
+    def reset_parameters(self) -> None:
+        """Sets the weight to one."""
+        nn.init.ones_(self.weight)
+
+
+class Scale(nn.Module):
+    """Multiplies by a constant; part of DeepNorm, N(α x + f(x)) (arXiv 2203.00555, eq. 1).
+
+    α x + f(x) is α times x + f(x) / α, and a norm with ε of the former is one with ε/α² of the
+    latter. So the output of a block is scaled, not the residual stream.
+    """
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `x` times the factor."""
+        return x * self.factor
+
+    def cost(self, trace: CostTrace, x: Activation, name: str) -> Activation:  # noqa: ARG002
+        """Returns the result; nothing is saved."""
+        return Activation(name, x.nbytes, x.grad)
+
+
+def deep_norm_constants(num_layers: int, *, rule: str = "glm") -> tuple[float, float]:
+    """Returns DeepNorm's α, the `residual_scale`, and β, the factor on initial weights.
+
+    Args:
+        num_layers: number of layers N.
+        rule: `glm` is (2N)^½ and (2N)^-½ (GLM-130B: arXiv 2210.02414, section 2.1), `decoder`
+            (2N)^¼ and (8N)^-¼ (DeepNet: arXiv 2203.00555, table 2).
+
+    >>> alpha, beta = deep_norm_constants(70)
+    >>> round(alpha, 3), round(beta, 5)
+    (11.832, 0.08452)
+    """
+    if rule == "glm":
+        return math.sqrt(2 * num_layers), 1 / math.sqrt(2 * num_layers)
+    assert rule == "decoder", f"no rule {rule!r}"
+    return (2 * num_layers) ** 0.25, (8 * num_layers) ** -0.25
+
+
+def build_norm(
+    config: RMSNormConfig | PartialRMSNormConfig | LayerNormConfig, width: int
+) -> nn.Module:
     """Returns the norm for a configuration."""
+    if isinstance(config, PartialRMSNormConfig):
+        return PartialRMSNorm(config, width)
     if isinstance(config, LayerNormConfig):
         return LayerNorm(config, width)
     return OffsetRMSNorm(config, width) if config.unit_offset else RMSNorm(config, width)

@@ -124,6 +124,18 @@ class Rope(Config):
     )
 
 
+class BlockRope(Config):
+    """Two-dimensional RoPE: half of the pairs rotate by each of GLM's two positions (ChatGLM-6B).
+
+    The positions are those in the text and in the generated block.
+    """
+
+    kind: Literal["block_rope"] = "block_rope"
+    theta: PositiveFloat = Field(
+        default=10000.0, description="Base θ of the frequencies θ^(-4i/d) of each position."
+    )
+
+
 class ReRope(Config):
     """ReRoPE: relative positions beyond `window` are clipped to `window` (Su 2023).
 
@@ -195,6 +207,24 @@ class Shaw(Config):
     values: bool = Field(default=True, description="Whether vectors are also added to values.")
 
 
+class TransformerXL(Config):
+    """Transformer-XL's four terms of content and distance (Dai et al. 2019, arXiv 1901.02860)."""
+
+    kind: Literal["transformer_xl"] = "transformer_xl"
+    base: PositiveFloat = Field(
+        default=10000.0, description="Base of the frequencies of the sinusoidal distances."
+    )
+
+
+class DebertaRelative(Config):
+    """DeBERTa's disentangled attention: content to position and back (arXiv 2006.03654)."""
+
+    kind: Literal["deberta"] = "deberta"
+    max_distance: PositiveInt = Field(
+        default=512, description="Distance, in tokens, to which distances are clipped."
+    )
+
+
 class NoPosition(Config):
     """No position information apart from the mask."""
 
@@ -205,6 +235,12 @@ class Learned(Config):
     """A learned vector per position, added to the embedding; longer sequences raise an error."""
 
     kind: Literal["learned"] = "learned"
+
+
+class BlockLearned(Config):
+    """Two learned vectors, one for each of GLM's two positions, added to the embedding."""
+
+    kind: Literal["block_learned"] = "block_learned"
 
 
 class Sinusoidal(Config):
@@ -220,6 +256,18 @@ class Sinusoidal(Config):
 
 
 Position = Annotated[
-    Rope | ReRope | StreamingRope | Alibi | T5Bias | Shaw | NoPosition, Field(discriminator="kind")
+    Rope
+    | BlockRope
+    | ReRope
+    | StreamingRope
+    | Alibi
+    | T5Bias
+    | Shaw
+    | TransformerXL
+    | DebertaRelative
+    | NoPosition,
+    Field(discriminator="kind"),
 ]
-EmbeddingPosition = Annotated[Learned | Sinusoidal | NoPosition, Field(discriminator="kind")]
+EmbeddingPosition = Annotated[
+    Learned | BlockLearned | Sinusoidal | NoPosition, Field(discriminator="kind")
+]

@@ -114,11 +114,24 @@ def prepend_virtual_tokens(
         positions=torch.cat(positions),
         lengths=tuple(length + n for length in context.lengths),
         prefix_lengths=None if prefixes is None else tuple(p + n for p in prefixes),
+        position_rows=_shifted(context, n),
         deterministic=context.deterministic,
         virtual=VirtualTokens(of_row, source),
         routing=context.routing,
     )
     return torch.cat(tokens), longer, (of_row < 0).nonzero().squeeze(1)
+
+
+def _shifted(context: ForwardContext, count: int) -> Tensor | None:
+    """Returns the position rows of sequences with `count` virtual tokens in front of each."""
+    rows = context.position_rows
+    if rows is None:
+        return None
+    virtual = torch.arange(count, device=rows.device)
+    virtual = torch.stack([virtual, torch.zeros_like(virtual)])
+    moved = rows + rows.new_tensor([[count], [0]])
+    parts = [part for each in moved.split(context.lengths, dim=1) for part in (virtual, each)]
+    return torch.cat(parts, dim=1)
 
 
 __all__ = ["KeysValues", "ModelAdapter", "VirtualTokens", "prepend_virtual_tokens"]

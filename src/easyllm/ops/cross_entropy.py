@@ -49,6 +49,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    max_z_loss: float = 0.0,
     chunk_rows: int | None = None,
 ) -> CrossEntropy:
     """Returns the summed cross-entropy of the logits `hidden @ weight.T` against `labels`.
@@ -61,6 +62,8 @@ def linear_cross_entropy(
         label_smoothing: ε, the share of the target spread evenly over the vocabulary; the loss is
             (1 - ε) · -log p_y + ε · mean_v(-log p_v) (arXiv 1512.00567, section 7).
         z_loss: coefficient of logsumexp², added to the loss (arXiv 2204.02311, section 5).
+        max_z_loss: coefficient of the largest logit squared (Baichuan 2: arXiv 2309.10305,
+            section 2.6).
         chunk_rows: maximum rows per chunk; by default as many as fit in 96 MiB of logits on a CPU
             and 512 MiB on a GPU.
 
@@ -77,7 +80,7 @@ def linear_cross_entropy(
     chunk_rows = chunk_rows or rows_of_chunk(
         vocab_size=weight.shape[0], itemsize=hidden.dtype.itemsize, device_type=weight.device.type
     )
-    shape = _Shape(softcap, label_smoothing, z_loss)
+    shape = _Shape(softcap, label_smoothing, z_loss, max_z_loss)
     total = _LinearCrossEntropy.apply(hidden, weight, labels, num_tokens, shape, chunk_rows)
     return CrossEntropy(total, num_tokens)
 
@@ -146,15 +149,17 @@ class _Shape(NamedTuple):
     softcap: float | None
     label_smoothing: float
     z_loss: float
+    max_z_loss: float = 0.0
 
 
 def _error(
     grouped_matmul: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Returns each row's loss and its gradient with respect to the logits before any soft cap."""
-    if triton_unsupported_reason(grouped_matmul) is None and grouped_matmul.is_contiguous():
+    fused = not shape.max_z_loss and grouped_matmul.is_contiguous()
+    if fused and triton_unsupported_reason(grouped_matmul) is None:
         return _on_gpu(grouped_matmul, labels, shape, with_grad=with_grad)
-    if shape == (None, 0.0, 0.0):
+    if shape == (None, 0.0, 0.0, 0.0):
         return softmax_error(grouped_matmul, labels, with_grad=with_grad)
     logits = grouped_matmul if grouped_matmul.dtype == torch.float64 else grouped_matmul.float()
     capped = None
@@ -167,11 +172,17 @@ def _error(
     loss = log_z - (1 - smooth) * target + shape.z_loss * log_z.square()
     if smooth:
         loss -= smooth * logits.mean(-1, keepdim=True)
+    largest = logits.max(-1, keepdim=True) if shape.max_z_loss else None
+    if largest is not None:
+        loss = loss + shape.max_z_loss * largest.values.square()
     if not with_grad:
         return loss.squeeze(1), None
     error = (logits - log_z).exp_() * (1 + 2 * shape.z_loss * log_z)
     error -= smooth / logits.shape[1]
     error.scatter_add_(1, labels[:, None], torch.full_like(target, smooth - 1.0))
+    if largest is not None:
+        slope = 2 * shape.max_z_loss * largest.values
+        error.scatter_add_(1, largest.indices, slope)
     if capped is not None:
         error *= 1 - capped.square()
     return loss.squeeze(1), error.to(grouped_matmul.dtype)
@@ -182,7 +193,8 @@ def _on_gpu(
 ) -> tuple[Tensor, Tensor | None]:
     from easyllm.ops.gpu.cross_entropy import cross_entropy
 
-    loss = cross_entropy(grouped_matmul, labels, **shape._asdict(), with_grad=with_grad)
+    terms = {name: value for name, value in shape._asdict().items() if name != "max_z_loss"}
+    loss = cross_entropy(grouped_matmul, labels, **terms, with_grad=with_grad)
     return loss, grouped_matmul if with_grad else None
 
 

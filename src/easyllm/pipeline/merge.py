@@ -181,7 +181,7 @@ class _Merge:
     def _served(self, num_pages: int) -> LogitsOf | str:
         if self.config.num_labels is not None:
             return "a classifier generates no tokens"
-        if self.config.prompt_mask == "prefix":
+        if self.config.has_prefix:
             return "prompts of a prefix LM are not causal"
         if self.tokenizer is None:
             return "an engine needs a tokenizer"

@@ -162,7 +162,7 @@ def measure(
 
 def _served(model: Decoder, tokenizer: Tokenizer, text: GateText) -> Variant:
     """Returns the model as an engine serves it, to be compared with its own forward pass."""
-    if model.config.num_labels is not None or model.config.prompt_mask == "prefix":
+    if model.config.num_labels is not None or model.config.has_prefix:
         return Variant(name=SERVED, open=lambda: "an engine does not serve such a model")
     pages = sum(-(-(len(ids) + 1) // PAGE_TOKENS) for ids in text.sequences)
 

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from easyllm.models import (
     pool_kv_heads,
     save_model,
 )
+from easyllm.models.experts import ExpertChange
 from easyllm.models.full_weights import check_finite
 from easyllm.pipeline.extension import ModelExtension
 from easyllm.pipeline.merge import merge_adapter
@@ -89,6 +91,8 @@ def convert_model(
     *,
     num_kv_heads: int | None = None,
     context: ContextConfig | None = None,
+    experts: ExpertChange | None = None,
+    made_from: str | None = None,
 ) -> Path:
     """Converts a model to a Hugging Face folder with its tokenizer and a manifest.
 
@@ -98,6 +102,8 @@ def convert_model(
         dtype: dtype of the saved weights; None keeps the model's.
         num_kv_heads: merges the KV heads by mean pooling to this number.
         context: extends the context length (RoPE scaling).
+        experts: makes a mixture of experts of a dense model, or merges experts.
+        made_from: the source for the manifest, if `source` is a temporary form of it.
 
     Returns:
         The path of the folder.
@@ -107,15 +113,18 @@ def convert_model(
         check_finite(model, f"{source} as {dtype}")
     if num_kv_heads is not None:
         pool_kv_heads(model, num_kv_heads)
+    if experts is not None:
+        experts.apply(model)
     manifest = Manifest.create(
         "convert",
         config={
-            "model": source,
+            "model": made_from or source,
             "dtype": dtype,
             "num_kv_heads": num_kv_heads,
             "context": None if context is None else context.model_dump(),
+            "experts": None if experts is None else asdict(experts),
         },
-        inputs={"model": hash_path(locate(source))},
+        inputs={"model": hash_path(locate(made_from or source))},
     )
     extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}
     return save_model(model, folder, tokenizer=tokenizer, extra_files=extra)

@@ -52,7 +52,7 @@ class ParameterCount:
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Counts the parameters of a model of this configuration by component."""
-    positions, norm = outside_of(config)
+    positions, first, last = outside_of(config)
     layers = Counter[str]()
     for layer, copies in Counter(layers_of(config)).items():
         for name, parameter in layer.named_parameters():
@@ -64,7 +64,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         attention=layers["attention"],
         feed_forward=layers["feed_forward"],
         router=layers["router"],
-        norm=layers["norm"] + _count(norm),
+        norm=layers["norm"] + _count(first) + _count(last),
         head=_head(config),
         inactive=layers["inactive"],
     )

@@ -16,7 +16,7 @@ from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.embedding_position import build_embedding_position
 from easyllm.nn.linear import Linear
 from easyllm.nn.norm import build_norm
-from easyllm.nn.position import PositionCost
+from easyllm.nn.rotary import PositionCost
 
 if TYPE_CHECKING:
     from easyllm.adapters import AdapterConfig
@@ -183,14 +183,20 @@ def virtual_tokens(config: ModelConfig, adapter: "AdapterConfig | None") -> int:
 
 
 @lru_cache(maxsize=16)
-def outside_of(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    """Returns the position embedding and the final norm before the head, on the meta device."""
+def outside_of(config: ModelConfig) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Returns the parts outside the layers, on the meta device.
+
+    They are the position embedding, the norm of the embedding, and the norm before the head.
+    """
     with torch.device("meta"):
         positions = build_embedding_position(
             config.embedding_position, config.max_seq_len, config.hidden_size
         )
-        norm = build_norm(config.norm, config.hidden_size) if config.final_norm else nn.Identity()
-    return positions, norm
+        first, last = (
+            build_norm(config.norm, config.hidden_size) if wanted else nn.Identity()
+            for wanted in (config.embedding_norm, config.final_norm)
+        )
+    return positions, first, last
 
 
 def mixer_of(layer: DecoderLayer) -> Mixer:

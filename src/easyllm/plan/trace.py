@@ -58,6 +58,9 @@ def trace_model(
             adapter.model_cost(trace, config)
     products = [event for event in trace.events if isinstance(event, Gemm)]
     x = Activation("x", work.tokens * config.hidden_size * FP32, work.input_grad)
+    _, first, last = outside_of(config)
+    if not isinstance(first, nn.Identity):
+        x = trace.of(first, x, "embedding.normed")
     layers, known = [], dict[tuple[int, Activation], tuple[LayerTrace, Activation]]()
     for layer in layers_of(config, adapter):
         key = (id(layer), x)  # equal layers share a module, and cost the same for the same input
@@ -65,9 +68,8 @@ def trace_model(
             known[key] = layer.cost(CostTrace(work), x)
         layer_trace, x = known[key]
         layers.append(layer_trace)
-    _, norm = outside_of(config)
-    if not isinstance(norm, nn.Identity):
-        x = trace.of(norm, x, "hidden")
+    if not isinstance(last, nn.Identity):
+        x = trace.of(last, x, "hidden")
     return ModelTrace(
         layers=layers,
         adapter=products,

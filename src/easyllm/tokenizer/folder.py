@@ -20,6 +20,7 @@ from tokenizers.processors import RobertaProcessing
 
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
+from easyllm.tokenizer.authors import ICE_FILE, AuthorsClass
 from easyllm.tokenizer.bos_eos import add_bos_eos
 from easyllm.tokenizer.sentencepiece import (
     PieceType,
@@ -114,7 +115,7 @@ class FolderTokenizer:
 
 def tokenizer_file(folder: Path) -> Path | None:
     """Returns the file that contains a folder's tokenizer, or None if there is none."""
-    files = (folder / TOKENIZER_FILE, folder / SENTENCEPIECE_FILE)
+    files = (folder / name for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE, ICE_FILE))
     return next((file for file in files if file.is_file()), None)
 
 
@@ -133,13 +134,14 @@ def read_folder(folder: Path) -> FolderTokenizer:
     config = read_json(folder / CONFIG_FILE)
     added = _added_tokens(folder, config)
     kind = _class_of(folder, config)
+    authors = AuthorsClass(kind, file.name)
     if file.name == TOKENIZER_FILE:
         backend = _read_backend(file)
         defaults = _class_tokens(kind, backend)
         if kind in _SPACE_BEFORE and isinstance(config.get("add_prefix_space"), bool):
             backend = _with_space_before(backend, config["add_prefix_space"])
     else:
-        backend, defaults = _from_sentencepiece(file, config, added, kind)
+        backend, defaults = _from_sentencepiece(file, config, added, authors)
     named = {
         role: _token_text(config[f"{role}_token"])
         for role in _ALL_ROLES
@@ -155,18 +157,19 @@ def read_folder(folder: Path) -> FolderTokenizer:
     )
     if file.name == TOKENIZER_FILE and kind in _SURROUND:
         _surround_roberta(backend, all_special, config)
-    if file.name == SENTENCEPIECE_FILE:  # a `tokenizer.json` already defines its post-processor
+    if file.name != TOKENIZER_FILE:  # which already defines its post-processor
         bos, eos = (
             special[r] if config.get(f"add_{r}_token") is True else None for r in ("bos", "eos")
         )
         add_bos_eos(backend, bos=bos, eos=eos)
+        authors.finish(backend)
     if config.get("split_special_tokens") is True:
         backend.encode_special_tokens = True
     length = config.get("model_max_length")
     return FolderTokenizer(
         backend=backend,
         special=special,
-        templates=_templates(folder, config),
+        templates=_templates(folder, config) or _authors_template(authors, folder, backend),
         max_seq_len=int(length) if isinstance(length, int | float) and length < 1e9 else None,
     )
 
@@ -197,15 +200,16 @@ def _read_backend(path: Path) -> Backend:
 
 
 def _from_sentencepiece(
-    path: Path, config: JsonMapping, added: Mapping[int, AddedToken], kind: str
+    path: Path, config: JsonMapping, added: Mapping[int, AddedToken], authors: AuthorsClass
 ) -> tuple[Backend, Mapping[str, str]]:
     """Returns the backend of a `tokenizer.model` and the special tokens that the file defines.
 
     An added token whose id belongs to a piece replaces that piece, which is how reserved pieces are
     named.
     """
-    model = _renamed(read_model_file(path), added)
-    own = special_tokens(model)
+    kind = authors.name
+    model = _renamed(authors.prepared(read_model_file(path), config), added)
+    own = special_tokens(model) | authors.special()
     prefix = False if kind in _NO_PREFIX else config.get("add_prefix_space")
     if isinstance(prefix, bool):
         model = replace(model, add_dummy_prefix=prefix)
@@ -386,6 +390,11 @@ def _token_text(entry: object) -> str | None:
 
 
 # ---- chat templates
+
+
+def _authors_template(authors: AuthorsClass, folder: Path, backend: Backend) -> dict[str, str]:
+    template = authors.template(folder, backend)
+    return {} if template is None else {DEFAULT_TEMPLATE: template}
 
 
 def _templates(folder: Path, config: JsonMapping) -> dict[str, str]:

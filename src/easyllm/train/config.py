@@ -21,6 +21,7 @@ from easyllm.core.device import check_device_name
 from easyllm.core.errors import ConfigError
 from easyllm.core.paths import PathText
 from easyllm.models.scratch import ScratchConfig
+from easyllm.nn.config import PromptMask
 from easyllm.quant import check_scheme
 from easyllm.train.data_config import (
     DATA,
@@ -118,7 +119,7 @@ class TrainConfig(Config):
         "needs an adapter, whose weights stay in full precision. null keeps the weights as they "
         "are.",
     )
-    prompt_mask: Literal["causal", "prefix"] | None = Field(
+    prompt_mask: PromptMask | None = Field(
         default=None,
         description="`prefix` trains a prefix language model, in which the tokens of a prompt "
         "attend to one another bidirectionally; null keeps the model's own setting.",
@@ -164,6 +165,13 @@ class TrainConfig(Config):
         lt=1.0,
         description="Dropout probability on the outputs of mixers and feed-forward blocks in "
         "training.",
+    )
+    embedding_gradient: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Factor on the gradient of the embedding as an input; 0.1 keeps the first "
+        "layers from diverging in GLM-130B (arXiv 2210.02414, section 3.3).",
     )
     precision: Literal["auto", "bf16", "bf16_autocast", "fp16", "fp32"] = Field(
         default="auto",

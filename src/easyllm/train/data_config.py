@@ -138,6 +138,13 @@ class CorpusDataConfig(DataBase):
     )
 
 
+class TextDataConfig(RowsConfig):
+    """Rows of a text, without a chat template."""
+
+    kind: Literal["texts"] = "texts"
+    text_key: str = Field(default="text", description="Key of the text in a row.")
+
+
 class LabelledDataConfig(RowsConfig):
     """Rows of a text and a label: a class index, or a number for regression."""
 
@@ -170,6 +177,7 @@ __all__ = [
     "PreferenceDataConfig",
     "RatingsDataConfig",
     "RowsConfig",
+    "TextDataConfig",
     "TextPairsConfig",
     "UnpairedPreferenceDataConfig",
 ]

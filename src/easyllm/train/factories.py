@@ -157,6 +157,7 @@ def build_model(
         trained = dict(model.named_parameters())
     for layer in model.layers:
         layer.dropout.p = config.dropout  # type: ignore[union-attr]
+    model.embedding_gradient.factor = config.embedding_gradient
     recompute_activations(model, config.checkpoint_activations)
     if config.compile:
         for layer in model.layers:

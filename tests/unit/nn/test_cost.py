@@ -5,7 +5,17 @@ import torch
 from torch import nn
 
 from easyllm.models.describe import describe
-from easyllm.nn import attention, feed_forward, glu, linear_attention, moe, norm, position
+from easyllm.nn import (
+    attention,
+    feed_forward,
+    glu,
+    linear_attention,
+    moe,
+    norm,
+    position,
+    relative,
+    rotary,
+)
 from easyllm.nn.cost import CostTrace, Work, saved_bytes
 from easyllm.nn.decoder import DecoderLayer
 from easyllm.nn.linear import Linear
@@ -15,7 +25,7 @@ from easyllm.plan.linears import model_linears
 from easyllm.plan.parts import _layers_of, layers_of, outside_of
 from easyllm.plan.trace import trace_model
 
-MODULES = (attention, feed_forward, glu, linear_attention, moe, norm, position)
+MODULES = (attention, feed_forward, glu, linear_attention, moe, norm, position, relative, rotary)
 NOT_IN_LAYERS = {"LearnedEmbedding", "SinusoidalEmbedding", "NoEmbeddingPosition"}
 """Positions added to the embedding, whose saved tensors `_indices` in the plan counts."""
 PARTS = [

@@ -12,8 +12,20 @@ from easyllm.nn.config import AttentionConfig, GLUConfig, LayerConfig, ModelConf
 from easyllm.nn.moe import load_balancing_loss, router_z_loss
 from easyllm.ops.cross_entropy import linear_cross_entropy
 from easyllm.train.loop import accumulate
-from easyllm.train.objectives import DPO, KTO, ORPO, DPOConfig, KTOConfig, LanguageModel, Reward
+from easyllm.train.objectives import (
+    DPO,
+    KTO,
+    ORPO,
+    Distillation,
+    DistillationConfig,
+    DPOConfig,
+    KTOConfig,
+    LanguageModel,
+    Reference,
+    Reward,
+)
 from preference_rows import random_batch
+from tiny_models import build_tiny
 
 
 def moe_model(vocab_size=50, **changes):
@@ -122,3 +134,23 @@ def test_soft_capped_cross_entropy_and_its_gradients_equal_the_formula(cap):
     torch.testing.assert_close(out.sum, expected, rtol=1e-5, atol=1e-4)
     for a, b in zip(got, torch.autograd.grad(expected, (hidden, weight)), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_distillation_is_the_mix_of_cross_entropy_and_the_teachers_divergence():
+    model, teacher, batch = build_tiny().requires_grad_(True), build_tiny(seed=1), batch_of(9, 20)
+    config = DistillationConfig(teacher="teacher", temperature=2.0, weight=0.3)
+    objective = Distillation(config)
+    objective.reference = Reference(model=teacher, without_adapter=False)
+    out = objective.loss(model, batch)
+    context = batch.context()
+    logits = model.head(model(batch.token_ids, context))
+    wanted = teacher.head(teacher(batch.token_ids, context))
+    ce = F.cross_entropy(logits, batch.labels, reduction="sum")
+    p = (wanted / 2).softmax(-1)
+    kl = (p * (p.log() - (logits / 2).log_softmax(-1))).sum()
+    expected = 0.7 * ce + 0.3 * 4 * kl
+    torch.testing.assert_close(out.sum, expected, rtol=1e-5, atol=1e-4)
+    assert out.metrics["teacher_kl_nats"] == pytest.approx(kl.item() / 29, rel=1e-4)
+    weight = model.layers[0].mixer.q_proj.weight
+    ours, theirs = (torch.autograd.grad(x, weight)[0] for x in (out.sum, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

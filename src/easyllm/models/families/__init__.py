@@ -7,8 +7,12 @@ its `FAMILY` below; code outside this package calls `register_family`.
 
 from easyllm.core.errors import CheckpointError, ConfigError, suggest
 from easyllm.models.families import (
+    baichuan,
+    chatglm,
+    chatglm2,
     easyllm,
     gemma,
+    glm,
     glm4,
     gpt2,
     llama,
@@ -117,6 +121,10 @@ register_family(glm4.GLM4)
 register_family(glm4.GLM)
 register_family(gemma.GEMMA)
 register_family(gemma.GEMMA2)
+register_family(baichuan.FAMILY)
+register_family(chatglm.FAMILY)
+register_family(chatglm2.FAMILY)
+register_family(glm.FAMILY)
 register_family(easyllm.FAMILY)
 
 __all__ = [

@@ -49,6 +49,8 @@ class Family:
         keymap: returns the map from our parameter names to Hugging Face tensor names.
         sizes: `config.json` values of published models by name.
         gguf: tensor names and metadata in GGUF files; None if GGUF is not supported.
+        gguf_keymap: the map to the names that `gguf` translates the file's tensors to, if they
+            differ from those of Hugging Face files (where the file does not fuse tensors).
         gguf_family: the family with the layout that its models are written in, if that is another.
         write_gguf: converts the values of a `config.json` to GGUF metadata without the
             architecture in front; None if its models are not written as GGUF.
@@ -61,6 +63,7 @@ class Family:
     keymap: Callable[[ModelConfig], KeyMap]
     sizes: Mapping[str, JsonObject] = field(default_factory=dict)
     gguf: GGUFLayout | None = None
+    gguf_keymap: Callable[[ModelConfig], KeyMap] | None = None
     gguf_family: str = ""
     write_gguf: Callable[[JsonMapping], JsonObject] | None = None
 

@@ -6,6 +6,7 @@ fused in one tensor on disk. `glm4` also has a norm after each block (sandwich n
 
 from easyllm.checkpoint.keymap import Fused, KeyMap
 from easyllm.core.json_types import JsonObject
+from easyllm.models.families import glm
 from easyllm.models.families.family import (
     Family,
     HFConfig,
@@ -41,7 +42,9 @@ _SANDWICH = {
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """Converts a `GlmConfig` or `Glm4Config` to a `ModelConfig`."""
+    """Converts a `GlmConfig` or `Glm4Config`, or one of the older GLM, to a `ModelConfig`."""
+    if glm.MARK in hf:
+        return glm.read_config(hf)
     hf = with_defaults(hf, _DEFAULTS)
     refuse(hf, {"hidden_act": "silu"})
     width = hf.get("head_dim") or require(hf, "hidden_size") // require(hf, "num_attention_heads")

@@ -3,8 +3,10 @@
 Importing this package registers the built-in objectives.
 """
 
+from easyllm.train.objectives.blank_infilling import BlankInfilling, BlankInfillingConfig
 from easyllm.train.objectives.classifier import Classifier, ClassifierConfig
 from easyllm.train.objectives.contrastive import Contrastive, ContrastiveConfig
+from easyllm.train.objectives.distillation import Distillation, DistillationConfig
 from easyllm.train.objectives.dpo import DPO, DPOConfig
 from easyllm.train.objectives.kto import KTO, KTOConfig
 from easyllm.train.objectives.language_model import LanguageModel, LanguageModelConfig
@@ -33,11 +35,15 @@ __all__ = [
     "KTO",
     "OBJECTIVES",
     "ORPO",
+    "BlankInfilling",
+    "BlankInfillingConfig",
     "Classifier",
     "ClassifierConfig",
     "Contrastive",
     "ContrastiveConfig",
     "DPOConfig",
+    "Distillation",
+    "DistillationConfig",
     "KTOConfig",
     "LanguageModel",
     "LanguageModelConfig",

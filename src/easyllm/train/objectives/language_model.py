@@ -40,13 +40,18 @@ class LanguageModelConfig(ObjectiveConfig):
         description="Coefficient of the log²Z term, which keeps the softmax normaliser Z near 1 "
         "(Chowdhery et al. 2022, arXiv 2204.02311).",
     )
+    max_z_loss: NonNegativeFloat = Field(
+        default=0.0,
+        description="Coefficient of the square of the largest logit, which keeps logits small "
+        "(Baichuan 2 uses 2e-4: Yang et al. 2023, arXiv 2309.10305, section 2.6).",
+    )
 
 
 class LanguageModel(Objective):
     """Σ -log p(label | preceding tokens) over labelled tokens, plus router losses for MoE models.
 
     Args:
-        config: `label_smoothing` and `z_loss`, as in `linear_cross_entropy`.
+        config: `label_smoothing`, `z_loss` and `max_z_loss`, as in `linear_cross_entropy`.
     """
 
     def __init__(self, config: LanguageModelConfig | None = None) -> None:
@@ -70,7 +75,7 @@ class LanguageModel(Objective):
         """Returns the summed cross-entropy of the labelled tokens, and router losses for MoE."""
         config = model.config
         routing = routing_of(model)
-        context = batch.context(prefix=config.prompt_mask == "prefix", routing=routing)
+        context = batch.context(mask=config, routing=routing)
         hidden, weight = model.loss_factors(model(batch.token_ids, context))
         out = linear_cross_entropy(
             hidden,
@@ -79,6 +84,7 @@ class LanguageModel(Objective):
             softcap=config.logit_softcap,
             label_smoothing=self.config.label_smoothing if model.training else 0.0,
             z_loss=self.config.z_loss if model.training else 0.0,
+            max_z_loss=self.config.max_z_loss if model.training else 0.0,
         )
         return with_router_losses(LossOutput(out.sum, out.num_tokens), routing)
 

@@ -60,9 +60,7 @@ class Reference:
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
         """Returns the final hidden states [T, D] of a batch, the input of `head`."""
-        context = batch.context(
-            prefix=self.model.config.prompt_mask == "prefix", base_only=self.without_adapter
-        )
+        context = batch.context(mask=self.model.config, base_only=self.without_adapter)
         with evaluating(self.model), dequantized_products():
             hidden: Tensor = self.model(batch.token_ids, context)
         return hidden

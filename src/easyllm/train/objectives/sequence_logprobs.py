@@ -80,8 +80,7 @@ def hidden_at(
         token_ids, context, rows = share_prompts(batch, base_only=base_only)
         hidden: Tensor = model(token_ids, context)
         return hidden.index_select(0, rows[tokens])
-    prefix = model.config.prompt_mask == "prefix"
-    context = batch.context(prefix=prefix, base_only=base_only, routing=routing)
+    context = batch.context(mask=model.config, base_only=base_only, routing=routing)
     hidden = model(batch.token_ids, context)
     return hidden.index_select(0, tokens)
 
