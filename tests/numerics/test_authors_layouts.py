@@ -14,6 +14,8 @@ from easyllm.engine import Engine, Request, SamplingParams
 from easyllm.models import add_adapter, hf_module_name, load_model, save_model
 from easyllm.models.gguf_export import save_gguf
 from easyllm.nn.context import ForwardContext, block_position_rows
+from gguf_writing import write
+from tiny_hf import tiny_hf
 
 CLOSE = {"atol": 3e-5, "rtol": 0}
 cases = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -150,6 +152,83 @@ def test_a_model_of_transformers_in_the_layout_of_chatglm2(tmp_path):
     model = load_model(write_folder(tmp_path / "m", layout.config, tensors))
     ids = ids_of(40)
     torch.testing.assert_close(model.logits(ids), reference(ids[None]).logits[0], **CLOSE)
+
+
+def of_internlm2(state):
+    """Renames a Llama with 4 query and 2 key-value heads of 16 dims to InternLM2."""
+    names = {
+        "model.embed_tokens": "model.tok_embeddings",
+        "lm_head": "output",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    found = renamed_by(
+        names, {k: v for k, v in state.items() if "self_attn.o" in k or "_attn" not in k}
+    )
+    for i in range(2):
+        parts = [
+            state[f"model.layers.{i}.self_attn.{p}_proj.weight"].view(-1, 16, 64) for p in "qkv"
+        ]
+        groups = [
+            torch.cat([parts[0][2 * g : 2 * g + 2], parts[1][g : g + 1], parts[2][g : g + 1]])
+            for g in (0, 1)
+        ]
+        found[f"model.layers.{i}.attention.wqkv.weight"] = torch.cat(groups).reshape(-1, 64)
+    return found
+
+
+def of_yi(state):
+    return renamed_by({"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}, state)
+
+
+def renamed_by(names, state):
+    found = {}
+    for name, tensor in state.items():
+        for a, b in names.items():
+            name = name.replace(a, b)
+        found[name] = tensor.clone()
+    return found
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("internlm2", of_internlm2), ("Yi", of_yi)])
+def test_a_llama_under_other_names(tmp_path, kind, layout, tiny_tokenizer):
+    values = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 128,
+    }
+    torch.manual_seed(0)
+    theirs = AutoConfig.for_model("llama", **values, attn_implementation="eager")
+    reference = AutoModelForCausalLM.from_config(theirs).eval().requires_grad_(False)
+    tensors, ids = layout(reference.state_dict()), ids_of(40)
+    folder = write_folder(tmp_path / "m", values | {"model_type": kind}, tensors)
+    model = load_model(folder)
+    torch.testing.assert_close(model.logits(ids), reference(ids[None]).logits[0], **CLOSE)
+    saved = load_file(save_model(model, tmp_path / "out") / "model.safetensors")
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
+    save_gguf(model, tmp_path / "m.gguf", type="f32", tokenizer=tiny_tokenizer)
+    again = load_model(tmp_path / "m.gguf")
+    torch.testing.assert_close(again.logits(ids), model.logits(ids), **CLOSE)
+
+
+def test_phi3_from_gguf(tmp_path):
+    reference = tiny_hf("phi3", {"pad_token_id": 0})
+    reference.save_pretrained(tmp_path / "hf")
+    model, ids = load_model(tmp_path / "hf"), torch.randint(0, 211, (40,))
+    path = tmp_path / "m.gguf"
+    write(path, reference, "phi3")
+    torch.testing.assert_close(load_model(path).logits(ids), model.logits(ids), **CLOSE)
 
 
 def test_an_ambiguous_rope_ratio_is_refused(tmp_path):

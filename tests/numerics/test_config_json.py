@@ -13,9 +13,9 @@ from easyllm.models.families import FAMILIES
 from easyllm.models.hf_config import read_config, write_config
 from tiny_hf import BASE, EXPERTS, YARN, tiny_hf
 
-OURS_ALONE = {"easyllm", "baichuan", "chatglm", "chatglm2", "glm_blocks"}
+OURS_ALONE = {"easyllm", "baichuan", "chatglm", "chatglm2", "glm_blocks", "internlm2", "yi"}
 """Families that `transformers` does not have."""
-TYPES = sorted(set(FAMILIES) - OURS_ALONE)
+TYPES = sorted(family.model_types[0] for name, family in FAMILIES.items() if name not in OURS_ALONE)
 SIZES = {
     "vocab_size": 211,
     "hidden_size": 256,
@@ -85,6 +85,8 @@ NEUTRAL = {
     "summary_type": "a head that is not read",
     "summary_use_proj": "a head that is not read",
     "max_window_layers": "without a window",
+    "original_max_position_embeddings": "without a scaling that uses it",
+    "_sliding_window_pattern": "next to layer_types",
     "sliding_window": "without a window",
     "use_sliding_window": "without a window",
 }

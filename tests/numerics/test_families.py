@@ -49,6 +49,21 @@ VARIANTS = {
     # Gemma's norm weights are offset by one, which doubles the logits and their rounding error:
     # smaller matrices
     "gemma": ("gemma", {"head_dim": 16, "initializer_range": 0.1}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3 partial, window": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": 9}),
     "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 9}),
 }
 
@@ -69,5 +84,6 @@ def test_logits_equal_transformers_and_the_saved_folder_loads_there(variant, tmp
 
 
 def test_every_family_has_a_variant():
-    ours_alone = {"easyllm", "baichuan", "chatglm", "chatglm2", "glm_blocks"}
-    assert {kind for kind, _ in VARIANTS.values()} == set(FAMILIES) - ours_alone
+    ours_alone = {"easyllm", "baichuan", "chatglm", "chatglm2", "glm_blocks", "internlm2", "yi"}
+    names = {kind.removesuffix("_text") for kind, _ in VARIANTS.values()}
+    assert names == set(FAMILIES) - ours_alone

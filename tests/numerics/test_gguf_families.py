@@ -98,6 +98,22 @@ CASES = {
     "qwen2 yarn": ("qwen2", {"rope_scaling": YARN}, "qwen2", YARN_KEYS, []),
     "qwen3": ("qwen3", {"head_dim": 16}, "qwen3", {}, []),
     "gemma": ("gemma", {"head_dim": 16, "initializer_range": 0.1}, "gemma", {}, []),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention"] * 3,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            },
+        },
+        "gemma3",
+        {"attention.sliding_window": 9},
+        [],
+    ),
     "gemma2": (
         "gemma2",
         {

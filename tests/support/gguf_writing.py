@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-ADDED_ONE = {"gemma", "gemma2"}
+ADDED_ONE = {"gemma", "gemma2", "gemma3"}
 """Architectures whose converter adds 1 to the weights of norms."""
 
 
@@ -94,7 +94,8 @@ def write(path, reference, arch, keys=(), extra=(), part=None):
             else:
                 writer.add_layer_norm_rms_eps(config.rms_norm_eps)
             writer.add_head_count_kv(config.num_key_value_heads)
-            writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+            rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+            writer.add_rope_freq_base(rope["rope_theta"])
             head_dim = getattr(config, "head_dim", None)
             if head_dim:
                 writer.add_key_length(head_dim)

@@ -9,6 +9,7 @@ import typer
 from easyllm.cli.data_best_of_n import best_of_n
 from easyllm.cli.data_chosen import chosen
 from easyllm.cli.data_inspect import inspect
+from easyllm.cli.data_passkey import passkey
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
 from easyllm.core.json_types import JsonObject
 
@@ -26,6 +27,7 @@ data_app = typer.Typer(
 data_app.command("inspect")(inspect)
 data_app.command("chosen")(chosen)
 data_app.command("best-of-n")(best_of_n)
+data_app.command("passkey")(passkey)
 
 
 def register(app: typer.Typer) -> None:

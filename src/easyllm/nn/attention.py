@@ -20,6 +20,7 @@ from easyllm.ops.attention import attention
 from easyllm.ops.attention_backends import C_TRAINING, SDPA
 from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.deterministic import deterministic_attention
+from easyllm.ops.shifted_attention import shifted_attention
 
 
 class Attention(nn.Module):
@@ -49,6 +50,7 @@ class Attention(nn.Module):
             window=config.window,
             num_sinks=config.num_sinks,
         )
+        self.shift_group: int | None = None  # training may limit attention to groups
         self.rule = AttentionRule(
             scale=config.scale or dim**-0.5,
             causal=config.causal,
@@ -77,9 +79,19 @@ class Attention(nn.Module):
             q = q * logn_factors(context.positions, self.config.logn_length).to(q.dtype)
         if context.store is not None:
             return context.store.attend(self.layer, q, k, v, self.rule, context.prefix_lengths)
+        if self.shift_group is not None and self.training:
+            return shifted_attention(q, k, v, self.rule, context.lengths, self.shift_group)
         if context.deterministic and context.prefix_lengths is None:
             return deterministic_attention(q, k, v, self.rule, context.lengths)
         return attention(q, k, v, self.rule, context.lengths, context.prefix_lengths)
+
+    def shift_unsupported_reason(self) -> str | None:
+        """Returns why attention in shifted groups is not supported; None if it is."""
+        if self.config.num_heads % 2 or self.config.num_kv_heads % 2:
+            return "an odd number of heads"
+        if self.rule.terms is not None:
+            return "positions that change the scores"
+        return None if self.config.causal else "bidirectional attention"
 
     def cost(self, trace: CostTrace, x: Activation) -> Activation:
         """Records the projections, the matrix products of attention and the tensors autograd saves.

@@ -166,6 +166,13 @@ class TrainConfig(Config):
         description="Dropout probability on the outputs of mixers and feed-forward blocks in "
         "training.",
     )
+    shifted_attention: PositiveInt | None = Field(
+        default=None,
+        multiple_of=2,
+        description="Attention in training is limited to groups of this many tokens, shifted by "
+        "half a group in half of the heads (S²-Attn of LongLoRA: arXiv 2309.12307); null attends "
+        "to the whole sequence, as inference does.",
+    )
     embedding_gradient: float = Field(
         default=1.0,
         gt=0.0,

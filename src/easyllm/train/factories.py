@@ -15,6 +15,7 @@ from easyllm.core.manifest import hash_path, hash_value
 from easyllm.models import load_tokenizer, open_source
 from easyllm.models.load import OpenSource
 from easyllm.models.scratch import ScratchConfig, build_scratch, scratch_model_config
+from easyllm.nn.attention import Attention
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.recompute import recompute_activations
@@ -158,6 +159,8 @@ def build_model(
     for layer in model.layers:
         layer.dropout.p = config.dropout  # type: ignore[union-attr]
     model.embedding_gradient.factor = config.embedding_gradient
+    if config.shifted_attention is not None:
+        shift_attention(model, config.shifted_attention)
     recompute_activations(model, config.checkpoint_activations)
     if config.compile:
         for layer in model.layers:
@@ -236,6 +239,26 @@ def _with_mask(config: ModelConfig, train: TrainConfig) -> ModelConfig:
         return config.changed(prompt_mask=train.prompt_mask)
     except ValidationError as error:
         raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def shift_attention(model: Decoder, group: int) -> None:
+    """Limits attention in training to shifted groups of tokens (`ops/shifted_attention`).
+
+    Raises:
+        ConfigError: a layer does not support it.
+    """
+    for number, layer in enumerate(model.layers):
+        mixer = layer.mixer
+        reason = "linear attention"
+        if isinstance(mixer, Attention):
+            reason = mixer.shift_unsupported_reason() or ""
+        if model.config.has_prefix:
+            reason = f"prompt_mask={model.config.prompt_mask}"
+        if reason:
+            raise ConfigError(
+                f"shifted_attention does not support {reason} (layer {number}); leave it out"
+            )
+        mixer.shift_group = group  # type: ignore[assignment, union-attr]
 
 
 def source_name(config: TrainConfig) -> str:

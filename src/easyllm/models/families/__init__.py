@@ -12,15 +12,19 @@ from easyllm.models.families import (
     chatglm2,
     easyllm,
     gemma,
+    gemma3,
     glm,
     glm4,
     gpt2,
+    internlm2,
     llama,
     mistral,
     mixtral,
+    phi3,
     qwen2,
     qwen3,
     qwen_moe,
+    yi,
 )
 from easyllm.models.families.family import Family
 from easyllm.models.families.gguf_layout import GGUFLayout, GGUFMetadata
@@ -121,6 +125,10 @@ register_family(glm4.GLM4)
 register_family(glm4.GLM)
 register_family(gemma.GEMMA)
 register_family(gemma.GEMMA2)
+register_family(gemma3.FAMILY)
+register_family(phi3.FAMILY)
+register_family(internlm2.FAMILY)
+register_family(yi.FAMILY)
 register_family(baichuan.FAMILY)
 register_family(chatglm.FAMILY)
 register_family(chatglm2.FAMILY)

@@ -30,7 +30,7 @@ from easyllm.models.families.gguf_layout import (
 )
 from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig, RMSNormConfig
 
-_SANDWICH = {
+SANDWICH = {
     "mixer_norm": "input_layernorm",
     "mixer_post_norm": "post_attention_layernorm",
     "feed_forward_norm": "pre_feedforward_layernorm",
@@ -108,7 +108,7 @@ def write_config(config: ModelConfig) -> JsonObject:
 
 def keymap(config: ModelConfig) -> KeyMap:
     """Returns Llama's key map; for Gemma 2 with four norms per layer."""
-    return llama_keymap(config, norms=_SANDWICH if config.family == "gemma2" else None)
+    return llama_keymap(config, norms=SANDWICH if config.family == "gemma2" else None)
 
 
 _LAYERS_27B = 46
