@@ -96,7 +96,7 @@ def upcycle(
             expert.load_state_dict(block.state_dict())
             for weight in expert.parameters() if noise else ():
                 drawn = torch.randn(weight.shape, generator=generator)
-                weight += drawn.to(weight.dtype) * weight.float().std() * noise
+                weight.add_(drawn.to(weight.dtype) * weight.float().std() * noise)
         _replace(layer, moe, block)
     return _finish(
         model,
@@ -158,7 +158,7 @@ def similar_groups(vectors: Sequence[Tensor], count: int) -> list[tuple[int, ...
 
     Similarity is the cosine of the groups' mean vectors.
     """
-    groups = [(number,) for number in range(len(vectors))]
+    groups: list[tuple[int, ...]] = [(number,) for number in range(len(vectors))]
     means = [vector.float() for vector in vectors]
     while len(groups) > count:
         units = nn.functional.normalize(torch.stack(means), dim=-1)

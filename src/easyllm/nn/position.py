@@ -273,7 +273,7 @@ class StreamingPosition(NoRotation):
         return rotate_pairs(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 
-PositionModule = RotaryPosition | NoRotation
+PositionModule = RotaryPosition | BlockRotaryPosition | NoRotation
 
 
 def build_position(

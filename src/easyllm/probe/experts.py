@@ -62,12 +62,12 @@ def probe_experts(
     total = sum(moe.config.num_experts for _, moe in mixtures) if ablate else 0
     with Progress("removing experts", total=total, unit="experts") as progress:
         for number, moe in mixtures:
-            losses = [] if ablate else None
-            for expert in range(moe.config.num_experts) if losses is not None else ():
+            losses = list[float]()
+            for expert in range(moe.config.num_experts) if ablate else ():
                 with without_expert(moe, expert):
                     losses.append(_loss(model, texts) - before)
                 progress.advance()
-            reports.append(_report(number, routings[number], losses))
+            reports.append(_report(number, routings[number], losses or None))
     return reports
 
 
@@ -109,8 +109,9 @@ def _loss(
         logits = model.head(model(ids, context))[:-1]
         total += float(F.cross_entropy(logits, ids[1:], reduction="sum"))
         count += len(ids) - 1
-        for each in routing if kept is not None else ():
-            kept[each.layer].append(each)
+        if kept is not None:
+            for each in routing:
+                kept[each.layer].append(each)
     return total / max(1, count)
 
 

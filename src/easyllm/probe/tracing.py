@@ -5,7 +5,7 @@ token is restored to what it was, and the probability of the answer that comes b
 (Meng et al. 2022, arXiv 2202.05262, section 2.1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,7 +122,7 @@ class _Run:
         rows[:, self.subject[0] : self.subject[1]] += self.noise.to(out.dtype)
         return rows.view_as(out)
 
-    def _after(self, number: int) -> "object":
+    def _after(self, number: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
         def hook(
             _module: nn.Module, _inputs: object, out: tuple[Tensor, Tensor | None]
         ) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,7 @@ On disk, q, k and v are fused in one tensor and the weight matrices of all layer
 
 from torch import Tensor
 
-from easyllm.checkpoint.keymap import Fused, KeyMap, Rename, renames
+from easyllm.checkpoint.keymap import Fused, KeyMap, Rename, Rule, renames
 from easyllm.core.json_types import JsonObject
 from easyllm.models.families.family import (
     Family,
@@ -69,7 +69,7 @@ def write_config(config: ModelConfig) -> JsonObject:
 def keymap(config: ModelConfig) -> KeyMap:
     """Returns the key map: [in, out] matrices (HF's Conv1D), with q, k and v fused in `c_attn`."""
     ours, theirs = "layers.{i}.", "transformer.h.{i}."
-    rules: list[Rename | Fused] = []
+    rules: list[Rule] = []
     for kind in ("weight", "bias"):
         matrix = kind == "weight"  # matrices are transposed on disk, biases are not
         qkv = tuple(f"{ours}mixer.{p}_proj.{kind}" for p in "qkv")
