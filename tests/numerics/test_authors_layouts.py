@@ -11,6 +11,7 @@ from authors_layouts import LAYOUTS, ChatGLM2, write_folder
 from easyllm.adapters import LoRAConfig, adapter_of, attach, merge, save_adapter
 from easyllm.core.errors import CheckpointError
 from easyllm.engine import Engine, Request, SamplingParams
+from easyllm.engine.compiled_step import CompiledStep
 from easyllm.models import add_adapter, hf_module_name, load_model, save_model
 from easyllm.models.gguf_export import save_gguf
 from easyllm.nn.context import ForwardContext, block_position_rows
@@ -236,6 +237,12 @@ def test_an_ambiguous_rope_ratio_is_refused(tmp_path):
     del layout.config["_name_or_path"]
     with pytest.raises(CheckpointError, match=r"rope_ratio=16.*set 'rope_ratio_scales'"):
         load_model(layout.write(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("name", ["baichuan 7B", "baichuan2 7B", "chatglm2", "chatglm2 32k"])
+def test_a_model_with_rope_runs_in_the_compiled_step(name, tmp_path):
+    model = load_model(LAYOUTS[name].write(tmp_path / "m"))
+    assert CompiledStep.unsupported_reason(model) is None
 
 
 @cases

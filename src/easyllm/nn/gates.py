@@ -30,7 +30,7 @@ class PlainGate(nn.Module):
 class NoisyGate(PlainGate):
     """Noisy top-k: logits + N(0, 1) · softplus(W_noise x) (Shazeer et al. 2017, arXiv 1701.06538).
 
-    See eqs. 3 to 5. A fresh W_noise is zero, so that the noise is softplus(0) = ln 2.
+    See eqs. 3 to 5.
     """
 
     def __init__(self, hidden_size: int, num_experts: int) -> None:

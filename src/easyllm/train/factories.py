@@ -258,7 +258,7 @@ def shift_attention(model: Decoder, group: int) -> None:
             raise ConfigError(
                 f"shifted_attention does not support {reason} (layer {number}); leave it out"
             )
-        mixer.shift_group = group  # type: ignore[assignment, union-attr]
+        mixer.shift_group = group  # type: ignore[union-attr]
 
 
 def source_name(config: TrainConfig) -> str:
