@@ -146,8 +146,7 @@ def costs_of(config: ModelConfig, context: int) -> Costs:
     for traced in trace.layers:
         split, whole = _divided(traced.events)
         most = max(most, (split, whole, _divided(traced.fed)[0]))
-    positions, norm = outside_of(config)
-    extra = sum(p.numel() for module in (positions, norm) for p in module.parameters())
+    extra = sum(p.numel() for module in outside_of(config) for p in module.parameters())
     table = config.vocab_size * config.hidden_size
     tied = config.tie_embeddings or config.num_labels is not None
     return Costs(
