@@ -3,7 +3,8 @@
     python tools/labs.py [NAME ...] [--check]
 
 For each lab: `docs/map/numbers/NAME.json`, `docs/map/figures/NAME.svg`, and in the pages of its
-topic the table between `<!-- numbers NAME -->` and `<!-- end -->`; then `docs/map/results.md`.
+topic the table between `<!-- numbers NAME -->` and `<!-- end -->`; then `docs/map/results.md`, the
+list of pages in `docs/map/index.md`, and the link to the next page at the end of each page.
 `--check` runs nothing and reports pages whose tables differ from the files.
 """
 
@@ -15,12 +16,20 @@ import tempfile
 from pathlib import Path
 
 from easyllm.lab import all_labs, find_lab, run_lab
-from easyllm.lab.lab import Lab, Language
+from easyllm.lab.lab import CHAPTERS, Lab, Language
 from easyllm.lab.page import OUTCOMES
 
 MAP = Path(__file__).resolve().parents[1] / "docs" / "map"
 BLOCK = re.compile(r"(<!-- numbers ([a-z0-9-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+LIST = re.compile(r"(<!-- pages -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+NEXT = re.compile(r"^(?:Next: |下一页：)\[.*\]\(.*\)\n\Z", re.MULTILINE)
+CHAPTERS_ZH = (
+    *("综述", "词元", "注意力", "位置", "代价", "模型", "训练", "提示"),
+    *("推理", "量化", "数据", "对齐"),
+)
 HEADS: dict[Language, str] = {"en": "| number | value |", "zh": "| 数值 | 值 |"}
+LANGUAGES: dict[Language, str] = {"en": ".md", "zh": ".zh.md"}
+FIXED = ("index", "results")
 RESULTS = {
     "en": (
         "# Results of the labs\n\nEnglish · [中文](results.zh.md)\n\n"
@@ -86,15 +95,62 @@ def run(lab: Lab) -> None:
 def pages() -> list[tuple[Path, str]]:
     """Returns each page of the map with the text that it should have."""
     found = []
-    for path in sorted(MAP.glob("*.md")):
-        language: Language = "zh" if path.name.endswith(".zh.md") else "en"
-        if path.name in ("results.md", "results.zh.md"):
-            continue
-        text = path.read_text(encoding="utf-8")
-        found.append((path, BLOCK.sub(lambda m, lang=language: _filled(m, lang), text)))
-    for language, name in (("en", "results.md"), ("zh", "results.zh.md")):
-        found.append((MAP / name, _results(language)))
+    for language, suffix in LANGUAGES.items():
+        order = _order(suffix)
+        for number, path in enumerate(order):
+            text = path.read_text(encoding="utf-8")
+            text = BLOCK.sub(lambda m, lang=language: _filled(m, lang), text)
+            after = order[number + 1] if number + 1 < len(order) else MAP / f"results{suffix}"
+            words = "Next: " if language == "en" else "下一页："
+            link = f"{words}[{_title(after)}]({after.name})\n"
+            found.append((path, NEXT.sub("", text).rstrip("\n") + f"\n\n{link}"))
+        index = MAP / f"index{suffix}"
+        table = _list(order, language)
+        text = LIST.sub(lambda m, t=table: f"{m[1]}{t}\n{m[3]}", index.read_text("utf-8"))
+        found.append((index, text))
+        found.append((MAP / f"results{suffix}", _results(language)))
     return found
+
+
+def _order(suffix: str) -> list[Path]:
+    """Returns the pages of one language in the order of their labs' chapters and topics."""
+    paths = [p for p in MAP.glob(f"*{suffix}") if p.name[: -len(suffix)] not in FIXED]
+    if suffix == ".md":
+        paths = [path for path in paths if not path.name.endswith(".zh.md")]
+
+    def key(path: Path) -> tuple[int, tuple[int, ...], str]:
+        labs = _labs_on(path)
+        chapter = min(CHAPTERS.index(lab.chapter) for lab in labs)
+        return chapter, min(lab.rows for lab in labs), path.name
+
+    return sorted(paths, key=key)
+
+
+def _labs_on(path: Path) -> list[Lab]:
+    """Returns the labs whose numbers a page shows."""
+    names = [match[2] for match in BLOCK.finditer(path.read_text(encoding="utf-8"))]
+    if not names:
+        sys.exit(f"{path} has no table of numbers of a lab")
+    return [find_lab(name) for name in names]
+
+
+def _title(path: Path) -> str:
+    if not path.is_file():
+        return path.stem
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
+def _list(order: list[Path], language: Language) -> str:
+    head = "| chapter | topics | page |" if language == "en" else "| 章 | 条目 | 页面 |"
+    lines = [head, "| --- | --- | --- |"]
+    for path in order:
+        labs = _labs_on(path)
+        number = CHAPTERS.index(labs[0].chapter)
+        chapter = CHAPTERS[number] if language == "en" else CHAPTERS_ZH[number]
+        rows = sorted({row for lab in labs for row in lab.rows})
+        topics = (", " if language == "en" else "、").join(map(str, rows))
+        lines.append(f"| {chapter} | {topics} | [{_title(path)}]({path.name}) |")
+    return "\n".join(lines)
 
 
 def _filled(match: re.Match[str], language: Language) -> str:

@@ -206,6 +206,22 @@ class Lab:
         assert self.rows, self.name
 
 
+def number(key: str, value: float | int | None, en: str, zh: str, digits: int | None = 4) -> Number:
+    """Returns a number with its label in both languages."""
+    return Number(key=key, value=value, label=Text(en, zh), digits=digits)
+
+
+def claim(
+    said: tuple[str, str],
+    seen: tuple[str, str],
+    outcome: Outcome,
+    reason: tuple[str, str] | None = None,
+) -> Claim:
+    """Returns a claim; each text is a pair, English and Chinese."""
+    why = None if reason is None else Text(*reason)
+    return Claim(claim=Text(*said), seen=Text(*seen), outcome=outcome, reason=why)
+
+
 __all__ = [
     "CHAPTERS",
     "Bars",
@@ -219,4 +235,6 @@ __all__ = [
     "Number",
     "Result",
     "Text",
+    "claim",
+    "number",
 ]

@@ -53,3 +53,20 @@ def test_a_page_has_all_sections_and_its_code_exists(path):
     for name, file in names:
         source = (ROOT / file).read_text("utf-8")
         assert re.search(rf"^(?:def|class) {name}\b|^{name}\b", source, re.MULTILINE), (name, file)
+
+
+ENGLISH = [path for path in PAGES if not path.name.endswith(".zh.md")]
+
+
+@pytest.mark.parametrize("path", ENGLISH, ids=lambda path: path.name)
+def test_both_languages_have_the_same_commands_figures_and_code(path):
+    english = path.read_text("utf-8")
+    chinese = path.with_name(f"{path.stem}.zh.md").read_text("utf-8")
+    for pattern in (r"^easyllm .*$", r"figures/[\w-]+\.svg", r"\[`(\w+)`\]\(", r"arXiv \d+\.\d+"):
+        found = [sorted(set(re.findall(pattern, t, re.MULTILINE))) for t in (english, chinese)]
+        assert found[0] == found[1], pattern
+
+
+def test_figures_are_small():
+    sizes = {path.name: path.stat().st_size for path in (MAP / "figures").glob("*.svg")}
+    assert {name: size for name, size in sizes.items() if size > 60_000} == {}
