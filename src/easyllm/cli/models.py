@@ -37,6 +37,48 @@ Sinks = Annotated[
 ]
 Target = Annotated[Path, typer.Argument(callback=home_path, help="A new folder for the result.")]
 
+KVHeads = Annotated[
+    int | None,
+    typer.Option(help="Merge KV heads to this many by mean pooling (GQA; 1 is MQA)."),
+]
+Experts = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Experts of a layer: copies of a dense model's feed-forward, or a mixture's "
+        "experts merged into fewer (1: dense).",
+    ),
+]
+ExpertNoise = Annotated[
+    float,
+    typer.Option(min=0, help="With --experts: noise on the copies, relative to the weights."),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="A quantized model: the format to write, with the same codes; full dequantizes.",
+        metavar="full|gptq|awq|compressed-tensors",
+    ),
+]
+GGUFType = Annotated[
+    str | None,
+    typer.Option("--type", help="For a .gguf target: type of the weights.", metavar="f16|bf16|f32"),
+]
+LoRARank = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Convert an adapter of any method to LoRA of at most this rank, by SVD."
+    ),
+]
+FromBin = Annotated[
+    bool,
+    typer.Option(
+        "--from-bin",
+        help="SOURCE is a folder with pickled weights (pytorch_model*.bin), whose tensors are "
+        "read in a separate process without network.",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to `app`."""
@@ -72,54 +114,18 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")
     ] = None,
-    kv_heads: Annotated[
-        int | None,
-        typer.Option(help="Merge KV heads to this many by mean pooling (GQA; 1 is MQA)."),
-    ] = None,
-    experts: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Experts of a layer: copies of a dense model's feed-forward, or a mixture's "
-            "experts merged into fewer (1: dense).",
-        ),
-    ] = None,
+    kv_heads: KVHeads = None,
+    experts: Experts = None,
     experts_per_token: Annotated[
         int, typer.Option(min=1, help="With --experts: experts of a token, for a dense model.")
     ] = 2,
-    expert_noise: Annotated[
-        float,
-        typer.Option(min=0, help="With --experts: noise on the copies, relative to the weights."),
-    ] = 0.0,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            help="A quantized model: the format to write, with the same codes; full dequantizes.",
-            metavar="full|gptq|awq|compressed-tensors",
-        ),
-    ] = None,
-    gguf_type: Annotated[
-        str | None,
-        typer.Option(
-            "--type", help="For a .gguf target: type of the weights.", metavar="f16|bf16|f32"
-        ),
-    ] = None,
+    expert_noise: ExpertNoise = 0.0,
+    to: Format = None,
+    gguf_type: GGUFType = None,
     rope: Rope = None,
     rope_factor: RopeFactor = None,
-    lora_rank: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Convert an adapter of any method to LoRA of at most this rank, by SVD."
-        ),
-    ] = None,
-    from_bin: Annotated[
-        bool,
-        typer.Option(
-            "--from-bin",
-            help="SOURCE is a folder with pickled weights (pytorch_model*.bin), whose tensors are "
-            "read in a separate process without network.",
-        ),
-    ] = False,
+    lora_rank: LoRARank = None,
+    from_bin: FromBin = False,
     adapter: AdapterFolder = None,
     json_output: JsonFlag = False,
 ) -> None:
