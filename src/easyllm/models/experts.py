@@ -144,7 +144,8 @@ def merge_experts(model: Decoder, num_experts: int) -> Decoder:
             block = build_feed_forward(blocks[-1], model.config.hidden_size, number)
             state = moe.state_dict()
             rows = [state["router.weight"][list(group)].float().mean(0) for group in groups]
-            for expert, weights in zip(block.experts, merged, strict=True):  # type: ignore[arg-type]
+            assert isinstance(block, MoE), "built for a mixture"
+            for expert, weights in zip(block.experts, merged, strict=True):
                 expert.load_state_dict(weights)
             kept = {k: v for k, v in state.items() if k.startswith("shared")}
             kept["router.weight"] = torch.stack(rows).to(state["router.weight"].dtype)

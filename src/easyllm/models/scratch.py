@@ -99,7 +99,9 @@ def scratch_model_config(scratch: ScratchConfig, tokenizer: Tokenizer) -> ModelC
         config = read_config(values)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         raise ConfigError(f"the fresh model cannot be built: {_reason(error)}") from None
-    unread = [key for key in values if key not in values.read and key not in WITHOUT_EFFECT]
+    given = {**(scratch.config or {}), **scratch.changes}
+    added = {"num_key_value_heads"} - given.keys()  # a family without it has none to set
+    unread = [key for key in values if key not in values.read and key not in WITHOUT_EFFECT | added]
     if unread:
         raise ConfigError(
             f"{unread[0]!r} is not a value of a model of type {values['model_type']!r}"

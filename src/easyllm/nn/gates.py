@@ -15,7 +15,12 @@ from easyllm.nn.linear import Linear
 class PlainGate(nn.Module):
     """The top k of the router."""
 
-    def disturbed(self, logits: Tensor, x: Tensor, context: ForwardContext) -> Tensor:  # noqa: ARG002
+    def disturbed(
+        self,
+        logits: Tensor,
+        x: Tensor,  # noqa: ARG002 - for the others
+        context: ForwardContext,  # noqa: ARG002 - for the others
+    ) -> Tensor:
         """Returns the logits unchanged."""
         return logits
 

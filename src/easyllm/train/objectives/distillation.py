@@ -66,7 +66,7 @@ class Distillation(LanguageModel):
         def terms(part: Tensor, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
             return self._terms(model.head(part), reference.head(target), known)
 
-        plain, distilled = hidden.new_zeros((), dtype=torch.float32), 0.0
+        plain = distilled = hidden.new_zeros((), dtype=torch.float32)
         for chunk in zip(*(x.split(count) for x in (hidden, teacher, labels)), strict=True):
             # logits are computed again in the backward pass, so that a chunk's are in memory alone
             ce, kl = checkpoint(terms, *chunk, use_reentrant=False)
@@ -74,8 +74,10 @@ class Distillation(LanguageModel):
         weight, tokens = self.config.weight, len(rows)
         total = (1 - weight) * plain + weight * distilled
         metrics = {
-            "cross_entropy_nats": float(plain) / max(1, tokens),
-            "teacher_kl_nats": float(distilled) / self.config.temperature**2 / max(1, tokens),
+            "cross_entropy_nats": float(plain.detach()) / max(1, tokens),
+            "teacher_kl_nats": float(distilled.detach())
+            / self.config.temperature**2
+            / max(1, tokens),
         }
         return with_router_losses(LossOutput(total, tokens, metrics=metrics), routing)
 
