@@ -10,10 +10,19 @@ from easyllm.core.lazy import lazy_exports
 if TYPE_CHECKING:
     from easyllm.engine import LLM, GuideSpec, SamplingParams
     from easyllm.models import load_model, load_tokenizer, save_model
+    from easyllm.train.initialize import initialize
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "GuideSpec", "SamplingParams", "load_model", "load_tokenizer", "save_model"]
+__all__ = [
+    "LLM",
+    "GuideSpec",
+    "SamplingParams",
+    "initialize",
+    "load_model",
+    "load_tokenizer",
+    "save_model",
+]
 
 __getattr__ = lazy_exports(
     __name__,
@@ -21,6 +30,7 @@ __getattr__ = lazy_exports(
         "LLM": "easyllm.engine",
         "GuideSpec": "easyllm.engine",
         "SamplingParams": "easyllm.engine",
+        "initialize": "easyllm.train.initialize",
         "load_model": "easyllm.models",
         "load_tokenizer": "easyllm.models",
         "save_model": "easyllm.models",

@@ -14,18 +14,22 @@ of a run is just two integers.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from easyllm.batches.loader import LoaderState, StepSize
+from easyllm.batches.loader import LoaderState, StepSize, with_fillers
 from easyllm.batches.packing import Batch
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.corpus.shards import TokenShards
 from easyllm.corpus.token_bytes import token_bytes
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from easyllm.batches.rank_share import RankShare
 
 Numbers = NDArray[np.int64]
 
@@ -132,6 +136,8 @@ class ShardLoader:
         self.last: list[int] = []
         self.figures: Mapping[str, float] = {}
         """Row numbers of the most recent step."""
+        self.share: RankShare | None = None
+        """This rank's share of every step, if a run is divided among ranks."""
         self._epoch: tuple[int, Rows, Numbers] | None = None
 
     @property
@@ -152,7 +158,13 @@ class ShardLoader:
         self.state.cursor += len(self.last)
         if self.state.cursor >= len(order):
             self.state = LoaderState(self.state.epoch + 1, 0)
-        return _batches(rows, self.last, self.rows_per_batch)
+        if self.share is None:
+            return _batches(rows, self.last, self.rows_per_batch)
+        sizes = [self.row_tokens] * len(self.last)
+        most = self.rows_per_batch * self.row_tokens
+        groups, fillers = self.share.groups(sizes, most)
+        batches = [_batch([rows.row(self.last[n]) for n in group]) for group in groups]
+        return with_fillers(batches, fillers)
 
     def largest_step(self, steps: int) -> StepSize:  # noqa: ARG002 - rows have one size
         """Returns a bound: the tokens of a micro-batch, all of them with a loss."""

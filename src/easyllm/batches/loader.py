@@ -4,15 +4,18 @@ The position is just two integers (epoch and cursor), so a run resumes exactly.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from easyllm.batches.packing import Batch, pack, split_by_tokens
 from easyllm.core.errors import ConfigError
 from easyllm.examples.sample import AnySample
+
+if TYPE_CHECKING:
+    from easyllm.batches.rank_share import RankShare
 
 PLANNED_STEPS = 200
 """Steps whose micro-batches are measured before a run, to plan its memory."""
@@ -72,6 +75,12 @@ class StepLoader(Protocol):
         """Returns the size of the largest micro-batch in the first `steps` steps, or a bound."""
 
 
+def with_fillers(batches: list[Batch], fillers: int) -> list[Batch]:
+    """Returns micro-batches, the last `fillers` of them marked as such."""
+    kept = len(batches) - fillers
+    return batches[:kept] + [replace(batch, is_filler=True) for batch in batches[kept:]]
+
+
 class Loader:
     """Yields the micro-batches of one optimizer step after another, without end.
 
@@ -107,6 +116,8 @@ class Loader:
         self.state = LoaderState()
         self.last: list[int] = []
         self.figures: Mapping[str, float] = {}
+        self.share: RankShare | None = None
+        """This rank's share of every step, if a run is divided among ranks."""
         self._order: tuple[int, list[int]] | None = None
 
     @cached_property
@@ -133,8 +144,14 @@ class Loader:
         self.state.cursor += len(chosen)
         if self.state.cursor >= len(order):
             self.state = LoaderState(self.state.epoch + 1, 0)
-        groups = split_by_tokens([self.samples[i] for i in chosen], self.micro_batch_tokens)
-        return [self.collate(group) for group in groups]
+        samples = [self.samples[i] for i in chosen]
+        if self.share is None:
+            groups = split_by_tokens(samples, self.micro_batch_tokens)
+            return [self.collate(group) for group in groups]
+        sizes = [sample.num_tokens for sample in samples]
+        numbers, fillers = self.share.groups(sizes, self.micro_batch_tokens)
+        batches = [self.collate([samples[n] for n in group]) for group in numbers]
+        return with_fillers(batches, fillers)
 
     def largest_step(self, steps: int) -> StepSize:
         """Returns the size of the largest micro-batch in the first `steps` steps.

@@ -11,7 +11,7 @@ cu_seqlens 0 4 7
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,17 @@ from easyllm.nn.context import AdapterRows, ForwardContext, block_position_rows
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 
 _NO_EXTRAS: Mapping[str, Any] = {}
-S = TypeVar("S", bound="Sample | SampleGroup")
+
+
+class Sized(Protocol):
+    """Anything with a number of tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens."""
+
+
+S = TypeVar("S", bound=Sized)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +49,8 @@ class Batch:
         num_trained: number of tokens with a loss.
         extras: extra inputs of the objective by name, [S, ...] per sequence or [T, ...] per token.
         token_extras: names of the per-token extras.
+        is_filler: whether the batch counts for nothing: a rank without a micro-batch computes one
+            to take part in the collectives of the others.
     """
 
     token_ids: Tensor
@@ -49,6 +61,7 @@ class Batch:
     num_trained: int
     extras: Mapping[str, Tensor] = field(default_factory=lambda: _NO_EXTRAS)
     token_extras: frozenset[str] = frozenset()
+    is_filler: bool = False
 
     def context(
         self,
@@ -125,6 +138,7 @@ class Batch:
             self.num_trained,
             extras,
             self.token_extras,
+            self.is_filler,
         )
 
     def select(self, sequences: Sequence[int]) -> "Batch":
@@ -164,6 +178,7 @@ class Batch:
             self.num_trained,
             {name: tensor.to(device) for name, tensor in self.extras.items()},
             self.token_extras,
+            self.is_filler,
         )
 
 

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from easyllm.cli.version import print_version
 from easyllm.core.errors import EasyllmError, Interrupted
 from easyllm.core.garbage import importing
+from easyllm.parallel.failures import record_error
 
 
 class _Commands(TyperGroup):
@@ -218,14 +219,17 @@ def main() -> None:
         finally:
             sys.stdout.flush()  # reports a full disk here instead of during interpreter shutdown
     except EasyllmError as error:
-        if debug:
-            traceback.print_exc()
-        sys.stderr.write(f"{error.label}{error}\n")
+        if not record_error(error):  # else the launcher of the ranks prints it
+            if debug:
+                traceback.print_exc()
+            sys.stderr.write(f"{error.label}{error}\n")
         sys.exit(error.exit_code)
     except BrokenPipeError:
         _discard_output()
         sys.exit(141)
     except Exception as error:
+        if record_error(error):
+            sys.exit(1)
         if debug:
             traceback.print_exc()
         from easyllm.core.atomic import os_error_message

@@ -32,6 +32,15 @@ def train(
             help="Resume with harmless changes: intervals of logging, saving, evaluation; device.",
         ),
     ] = False,
+    nproc: Annotated[
+        int,
+        typer.Option(
+            "--nproc",
+            min=1,
+            help="Number of processes on this machine that share the run, as its key `parallel` "
+            "says.",
+        ),
+    ] = 1,
     json_output: JsonFlag = False,
 ) -> None:
     r"""Train with a recipe; an interrupted run resumes.
@@ -43,8 +52,14 @@ def train(
         easyllm train recipe.yaml optimizer.learning_rate=1e-4 --dry-run
 
         easyllm train recipe.yaml eval_every=50 --allow-change
+
+        easyllm train recipe.yaml parallel.layout=zero2 --nproc 2
+
+        torchrun --nproc-per-node 2 --nnodes 2 --rdzv-endpoint HOST:29500 -m easyllm train FILE
     """
+    from easyllm.cli.ranks import run_ranks
     from easyllm.core.errors import ConfigError
+    from easyllm.core.progress import is_first_rank
     from easyllm.core.yaml_text import dump_yaml
     from easyllm.pipeline.recipe import find_recipe, load_train_recipe, shipped_name
     from easyllm.reporting import reporting_callbacks
@@ -56,6 +71,9 @@ def train(
     config = load_train_recipe(path, overrides or [])
     if config.output is None:
         raise ConfigError(f"{path} sets no output folder; add output=runs/NAME")
+    if nproc > 1 and not dry_run:
+        run_ranks(nproc)
+        return
     if dry_run:
         plan = plan_training(config, Path(config.output), allow_change=allow_change)
         if json_output:
@@ -69,6 +87,8 @@ def train(
         callbacks=reporting_callbacks(config, shipped_name(path), diagnose=report),
         allow_change=allow_change,
     )
+    if not is_first_rank():
+        return
     if json_output:
         print_json(result.figures | {"output": str(result.output)})
         return

@@ -4,6 +4,7 @@ All output goes to standard error, so that standard output contains results only
 `NO_COLOR`.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,12 @@ def console() -> "Console":
     """Returns the console for messages to the user (standard error)."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=not is_first_rank())
+
+
+def is_first_rank() -> bool:
+    """Whether this process reports to the user: all do but the ranks after 0 of a divided run."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def format_duration(seconds: float) -> str:
@@ -116,6 +122,8 @@ class Progress:
         return f"{self.label}: " + " · ".join(parts)
 
     def _show(self, *, final: bool = False) -> None:
+        if not is_first_rank():
+            return
         text = self.line()
         if self._live:
             padded = text.ljust(self._width)

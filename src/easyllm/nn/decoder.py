@@ -174,6 +174,7 @@ class Decoder(nn.Module):
         self.lm_head = head(config.hidden_size, config.vocab_size) if projects else None
         self.score = Linear(config.hidden_size, config.num_labels) if config.num_labels else None
         self.model_adapter: ModelAdapter | None = None
+        self.vocabulary: Any = None  # tensor-parallel rows of the head (`parallel.vocabulary`)
         self.adapter_sets: dict[str, Any] = {}  # attached adapters by name (`adapters.AdapterSet`)
         self.merges: list[Any] = []  # merges that can be undone (`adapters.merging.Merge`)
         self.adapter_changes = 0  # count of attached or removed adapters, checked by engines

@@ -22,6 +22,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.core.paths import PathText
 from easyllm.models.scratch import ScratchConfig
 from easyllm.nn.config import PromptMask
+from easyllm.parallel.config import ParallelConfig
 from easyllm.quant import check_scheme
 from easyllm.train.data_config import (
     DATA,
@@ -69,6 +70,21 @@ Model = Annotated[
     Annotated[str, Tag("source")] | Annotated[ScratchConfig, Tag("scratch")],
     Discriminator(_model_kind),
 ]
+
+
+class LossScaleConfig(Config):
+    """Dynamic loss scaling for fp16, with DeepSpeed's defaults."""
+
+    initial_power: PositiveInt = Field(
+        default=16, description="The first scale is 2 to this power."
+    )
+    window: PositiveInt = Field(
+        default=1000, description="Consecutive steps without overflow before the scale doubles."
+    )
+    hysteresis: PositiveInt = Field(
+        default=2, description="Overflows up to and including the first that halves the scale."
+    )
+    minimum: PositiveFloat = Field(default=1.0, description="Lower bound of the scale.")
 
 
 class EarlyStoppingConfig(Config):
@@ -186,6 +202,9 @@ class TrainConfig(Config):
         "fp32 weights and uses PyTorch's autocast; `fp16` uses loss scaling; `auto` is bf16 on "
         "hardware with fast bf16, else fp32.",
     )
+    loss_scale: LossScaleConfig = Field(
+        default=LossScaleConfig(), description="Dynamic loss scaling; used with precision=fp16."
+    )
     checkpoint_activations: Literal["none", "selective", "full"] = Field(
         default="none",
         description="Gradient checkpointing: `full` stores one activation per layer and recomputes "
@@ -195,6 +214,15 @@ class TrainConfig(Config):
         default=False,
         description="Whether to `torch.compile` the feed-forward block of every layer; the compile "
         "time is reported.",
+    )
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(),
+        description="How a run that is launched with several processes is divided among them.",
+    )
+    deepspeed: PathText | None = Field(
+        default=None,
+        description="A DeepSpeed configuration (ds_config.json) whose values apply to this run; "
+        "keys that it leaves out or sets to auto are the recipe's.",
     )
     device: Annotated[str, AfterValidator(check_device_name)] = Field(
         default="auto",

@@ -19,9 +19,12 @@ from easyllm.nn.attention import Attention
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.recompute import recompute_activations
+from easyllm.parallel.mesh import Mesh
+from easyllm.parallel.parallel import Parallel
 from easyllm.quant import StorageFormat, plan_packed
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig
+from easyllm.train.division import divide, divide_tensors, gathers_in
 from easyllm.train.objectives import Objective, Reference
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.precision import compute_dtype
@@ -109,11 +112,13 @@ class Trained:
         model: the model.
         optimizer: the optimizer of the trainable parameters.
         adapters: the adapter being trained; None if all weights are trained.
+        parallel: the ranks that the model is divided among; None in a single process.
     """
 
     model: Decoder
     optimizer: MasterOptimizer
     adapters: AdapterSet | None
+    parallel: Parallel | None = None
 
 
 def build_model(
@@ -122,6 +127,7 @@ def build_model(
     objective: Objective,
     device: torch.device,
     folder: Path | None = None,
+    mesh: Mesh | None = None,
 ) -> Trained:
     """Builds the model, marks its trainable parameters, and builds the optimizer for them.
 
@@ -132,6 +138,7 @@ def build_model(
         device: device of the model.
         folder: an existing folder for the state of a paged optimizer; by default the system's for
             temporary files.
+        mesh: the ranks that the model is divided among; None in a single process.
 
     Raises:
         ConfigError: all weights are to be trained but some are quantized, or the adapter does not
@@ -145,6 +152,7 @@ def build_model(
         model = objective.prepare_model(origin.build(compute, device), seed=config.seed)
         adapter = config.adapter.with_token_ids(origin.tokenizer.encode)
         adapters = attach(model, adapter, seed=config.seed, also_trained=objective.also_trained)
+        tensors = divide_tensors(model, config, mesh)
         trained = adapters.trained_parameters(model)
         if compute != torch.float32:  # fully trained modules start from the file's exact values
             masters = origin.values(adapters.base_parameters)
@@ -152,9 +160,11 @@ def build_model(
         model = objective.prepare_model(origin.build(torch.float32, device), seed=config.seed)
         if packed := model.packed_formats():
             raise cannot_train_all(config, sorted(packed))
-        if compute != torch.float32:
+        tensors = divide_tensors(model, config, mesh)
+        if compute != torch.float32 and not gathers_in(compute, config, mesh):
             masters = {name: p.detach() for name, p in model.named_parameters()}
-        model = model.to(compute).requires_grad_(True)
+            model = model.to(compute)
+        model = model.requires_grad_(True)
         trained = dict(model.named_parameters())
     for layer in model.layers:
         layer.dropout.p = config.dropout  # type: ignore[union-attr]
@@ -166,6 +176,13 @@ def build_model(
         for layer in model.layers:
             layer.feed_forward.compile(dynamic=True)  # type: ignore[union-attr]
     factors = {} if adapters is None else adapters.rate_factors(model)
+    parallel = None
+    if mesh is not None:
+        parallel = divide(model, config, mesh, adapters, compute, tensors)
+        trained = {name: parallel.sharding.parameters[name] for name in trained}
+        if masters is not None:
+            cut = parallel.parts if config.adapter is None else parallel.parts_of_full
+            masters = cut(masters)
     optimizer = MasterOptimizer(
         trained,
         config.optimizer,
@@ -173,8 +190,9 @@ def build_model(
         masters,
         rate_factors=factors,
         folder=folder,
+        local=None if parallel is None else parallel.local,
     )
-    return Trained(model, optimizer, adapters)
+    return Trained(model, optimizer, adapters, parallel)
 
 
 def cannot_train_all(config: TrainConfig, formats: Sequence[str]) -> ConfigError:

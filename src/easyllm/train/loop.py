@@ -6,6 +6,7 @@ loss of a step = Σ token losses of all its micro-batches / labelled tokens of a
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from easyllm.adapters import AdapterSet, StepInfo
@@ -13,6 +14,7 @@ from easyllm.batches.packing import Batch
 from easyllm.core.errors import EasyllmError
 from easyllm.core.progress import Progress
 from easyllm.nn.decoder import Decoder
+from easyllm.parallel.parallel import Parallel
 from easyllm.train.objectives import Objective
 from easyllm.train.objectives.losses import MeanLoss
 from easyllm.train.optim import MasterOptimizer
@@ -53,7 +55,10 @@ def run_steps(run: Run, stop: StopRequest) -> None:
             for callback in run.callbacks:
                 callback.after_step(run, report)
             progress.advance(1, loss=report.loss_nats, tokens=f"{report.tokens_per_s:.0f}/s")
-            if run.progress.stopped is not None or stop.signal is not None:
+            signalled = stop.signal is not None
+            if run.parallel is not None:  # ranks receive a signal at different steps
+                signalled = run.parallel.any(signalled)
+            if run.progress.stopped is not None or signalled:
                 break
     run.model.eval()
 
@@ -67,15 +72,22 @@ def take_step(run: Run) -> StepReport:
     start = time.perf_counter()
     config, progress, precision = run.config, run.progress, run.precision
     batches = run.data.loader.next_step()
+    sizes = _step_sizes(run, batches)
     factor = rate_factor(config.schedule, progress.step, run.total_steps)
-    loss, metrics = accumulate(run.model, run.objective, batches, precision, run.adapters)
+    loss, metrics = accumulate(
+        run.model, run.objective, batches, precision, run.adapters, run.parallel
+    )
+    if run.parallel is not None:
+        run.parallel.reduce(run.optimizer.set_gradient)
     metrics |= run.data.loader.figures
     info = StepInfo(
         step=progress.step, total_steps=run.total_steps, gradient_scale=1.0 / precision.scale
     )
     before = partial(_after_backward, run, info, factor)
-    norm = apply_gradients(run.optimizer, precision, factor, config.clip_norm, loss, before)
-    progress.count(batches)
+    norm = apply_gradients(
+        run.optimizer, precision, factor, config.clip_norm, loss, before, run.parallel
+    )
+    progress.count(sum(sizes.lengths), sizes.trained_tokens)
     if precision.scaler is not None:
         metrics["loss_scale"] = precision.scaler.scale
     _note_outcome(run, loss, skipped=norm is None)
@@ -84,10 +96,10 @@ def take_step(run: Run) -> StepReport:
         loss_nats=loss,
         learning_rate=config.optimizer.learning_rate * factor,
         grad_norm=math.nan if norm is None else norm,
-        tokens=sum(batch.token_ids.numel() for batch in batches),
-        trained_tokens=sum(batch.num_trained for batch in batches),
+        tokens=sum(sizes.lengths),
+        trained_tokens=sizes.trained_tokens,
         seconds=time.perf_counter() - start,
-        lengths=tuple(n for batch in batches for n in batch.lengths),
+        lengths=sizes.lengths,
         metrics=metrics,
         skipped=norm is None,
         gradient_scale=info.gradient_scale,
@@ -100,10 +112,13 @@ def accumulate(
     batches: Sequence[Batch],
     precision: PrecisionPolicy | None = None,
     adapters: AdapterSet | None = None,
+    parallel: Parallel | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Accumulates the gradients of a step's micro-batches, times the loss scale if there is one.
 
-    If the adapter has an additional loss term, its gradient is accumulated once per step.
+    If the adapter has an additional loss term, its gradient is accumulated once per step. If the
+    run is divided among ranks, the loss is divided by the number of terms of all ranks, and
+    micro-batches that only keep this rank in step with the others add nothing.
 
     Returns:
         The mean loss per labelled token, in nats (without auxiliary terms), and the objective's
@@ -112,21 +127,63 @@ def accumulate(
     how = precision or PrecisionPolicy()
     with objective.products():
         objective.begin_step(model, batches)
-    mean = MeanLoss(max(1, sum(objective.num_terms(batch) for batch in batches)))
-    for batch in batches:
+    terms = sum(objective.num_terms(batch) for batch in batches if not batch.is_filler)
+    mean = MeanLoss(max(1, terms if parallel is None else parallel.sum(terms)))
+    found: dict[str, float] = {}
+    if parallel is not None:  # before the micro-batch that reduces; counts once over all ranks
+        found = _backward_of_adapter(adapters, how.scale / parallel.mesh.data.size, parallel)
+    for number, batch in enumerate(batches):
+        if parallel is not None:
+            parallel.begin_micro_batch(last=number == len(batches) - 1)
         with how.autocast(), objective.products():
             output = objective.loss(
                 model, batch.padded_to_multiple(how.token_multiple).to(model.device)
             )
         whole = output.sum if output.auxiliary is None else output.sum + output.auxiliary
-        (whole * (how.scale / mean.num_terms)).backward()
-        mean.add(output)
-    metrics = mean.metrics
+        weight = 0.0 if batch.is_filler else how.scale / mean.num_terms
+        (whole * weight).backward()
+        if not batch.is_filler:
+            mean.add(output)
+        if parallel is not None:
+            parallel.end_micro_batch()
+    if parallel is None:
+        return mean.nats, mean.metrics | _backward_of_adapter(adapters, how.scale)
+    total = MeanLoss(mean.num_terms)
+    total.add_all(parallel.gather(mean))
+    return total.nats, total.metrics | found
+
+
+def _backward_of_adapter(
+    adapters: AdapterSet | None, scale: float, parallel: Parallel | None = None
+) -> dict[str, float]:
+    """Accumulates the gradient of the adapter's own loss term; returns the term as a metric."""
     term = None if adapters is None else adapters.loss()
-    if term is not None:
-        (term * how.scale).backward()
-        metrics["adapter_loss_nats"] = float(term.detach())
-    return mean.nats, metrics
+    if term is None:
+        return {}
+    if parallel is not None:
+        parallel.begin_micro_batch(last=False)
+    (term * scale).backward()
+    if parallel is not None:
+        parallel.end_micro_batch()
+    return {"adapter_loss_nats": float(term.detach())}
+
+
+@dataclass(frozen=True, slots=True)
+class _StepSizes:
+    """The sequences of a step, over all ranks."""
+
+    lengths: tuple[int, ...]
+    trained_tokens: int
+
+
+def _step_sizes(run: Run, batches: Sequence[Batch]) -> _StepSizes:
+    real = [batch for batch in batches if not batch.is_filler]
+    lengths = tuple(n for batch in real for n in batch.lengths)
+    trained = sum(batch.num_trained for batch in real)
+    if run.parallel is None:
+        return _StepSizes(lengths, trained)
+    ranks = run.parallel.gather((lengths, trained))
+    return _StepSizes(tuple(n for each, _ in ranks for n in each), sum(n for _, n in ranks))
 
 
 def apply_gradients(
@@ -136,6 +193,7 @@ def apply_gradients(
     clip_norm: float | None,
     loss: float,
     before: Callable[[], None] | None = None,
+    parallel: Parallel | None = None,
 ) -> float | None:
     """Clips and applies the accumulated gradients.
 
@@ -146,13 +204,15 @@ def apply_gradients(
         clip_norm: maximum global gradient norm; None disables clipping.
         loss: the step's loss.
         before: called before clipping, once the gradients are known to be finite.
+        parallel: the ranks of the run; the norm is that of the gradient over all of them.
 
     Returns:
         The gradient norm before clipping. None if the loss or the norm is NaN or infinite; the
         gradients are then discarded and no parameter changes.
     """
     scaler = precision.scaler
-    norm = optimizer.grad_norm() / precision.scale
+    norm = optimizer.grad_norm() if parallel is None else parallel.grad_norm(optimizer.grad_norm)
+    norm /= precision.scale
     is_bad = not (math.isfinite(norm) and math.isfinite(loss))
     if scaler is not None:
         optimizer.scale_gradients(1.0 / scaler.scale)
@@ -165,6 +225,8 @@ def apply_gradients(
     if clip_norm is not None:
         optimizer.clip(norm, clip_norm)
     optimizer.step(factor)
+    if parallel is not None:
+        parallel.refresh()
     return norm
 
 

@@ -3,7 +3,7 @@
 import math
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -47,6 +47,8 @@ class MasterOptimizer:
         rate_factors: factors on the learning rates of single parameters, by name (LoRA+).
         folder: an existing folder for the state of a paged optimizer; by default the system's for
             temporary files.
+        local: the parts of the parameters that this process updates, by name, if a run is divided
+            among processes; its gradients are set by `set_gradient`.
 
     Attributes:
         masters: the tensors being updated, by name: the fp32 (or fp64) parameters themselves, and
@@ -66,6 +68,7 @@ class MasterOptimizer:
         masters: Mapping[str, Tensor] | None = None,
         rate_factors: Mapping[str, float] | None = None,
         folder: Path | None = None,
+        local: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.config = config
         every = build_groups(parameters, config, groups, rate_factors or {})
@@ -80,10 +83,10 @@ class MasterOptimizer:
         self.masters: dict[str, Tensor] = {}
         for group in every:
             for name in group.names:
-                parameter = parameters[name]
+                parameter = parameters[name] if local is None else local[name]
                 master = _master(parameter, None if masters is None else masters.get(name))
                 if group.rate_factor == 0:
-                    parameter.requires_grad_(False)
+                    parameters[name].requires_grad_(False)
                     if master is not parameter:
                         self._frozen[name] = master
                     continue
@@ -116,7 +119,8 @@ class MasterOptimizer:
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Returns whether all master weights are finite (no NaN or Inf)."""
-        return all(bool(torch.stack(m.aminmax()).isfinite().all()) for m in self.masters.values())
+        held = (master for master in self.masters.values() if master.numel())
+        return all(bool(torch.stack(m.aminmax()).isfinite().all()) for m in held)
 
     def _take(self, name: str, parameter: Tensor) -> None:
         """Adds a micro-batch's gradient to the accumulated sum and frees it."""
@@ -128,6 +132,15 @@ class MasterOptimizer:
         else:
             self._sums[name] = held.to(self.masters[name].dtype).add_(gradient)
 
+    def set_gradient(self, name: str, gradient: Tensor) -> None:
+        """Sets the complete gradient of a parameter, which has the shape of its master weight."""
+        if name not in self.masters:
+            return  # frozen by its group
+        if name in self._copies:
+            self._sums[name] = gradient
+        else:
+            self._parameters[name].grad = gradient
+
     def gradients(self) -> dict[str, Tensor]:
         """Returns the accumulated gradients as a step would apply them, in the masters' dtypes."""
         return {
@@ -136,9 +149,14 @@ class MasterOptimizer:
         }
 
     @torch.no_grad()
-    def grad_norm(self) -> float:
-        """Returns the global L2 norm of all gradients, summed in fp32 or wider; 0 if none."""
-        held = [gradient for _, gradient in self._held()]
+    def grad_norm(self, names: Collection[str] | None = None) -> float:
+        """Returns the global L2 norm of all gradients, summed in fp32 or wider; 0 if none.
+
+        Args:
+            names: the parameters to include; all by default.
+        """
+        chosen = [(n, g) for n, g in self._held() if names is None or n in names]
+        held = [gradient for _, gradient in chosen]
         kernels = kernels_for(*held)
         if kernels is not None:
             squares = 0.0
@@ -150,7 +168,7 @@ class MasterOptimizer:
             return math.sqrt(squares) * self._scale
         norms = [
             torch.linalg.vector_norm(flat[part].to(self.masters[name].dtype))
-            for name, gradient in self._held()
+            for name, gradient in chosen
             for flat in [gradient.reshape(-1)]
             for part in piece_slices(flat)
         ]
@@ -240,6 +258,11 @@ class MasterOptimizer:
     def final_state(self) -> dict[str, Tensor]:
         """Returns the fp32 master weights of low-precision parameters, frozen ones included."""
         return {name: self.masters[name].detach() for name in self._copies} | self._frozen
+
+    def final_parts(self) -> Iterable[tuple[str, Tensor]]:
+        """Yields this process's parts of all weights in fp32, frozen ones included."""
+        for name, master in (self.masters | self._frozen).items():
+            yield name, master.detach()
 
     def _held(self) -> Iterable[tuple[str, Tensor]]:
         for name, parameter in self._parameters.items():

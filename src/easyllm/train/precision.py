@@ -62,5 +62,12 @@ def build_precision_policy(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     if config.precision == "bf16_autocast":
         autocast = partial(torch.autocast, device.type, torch.bfloat16)
-    scaler = LossScaler() if config.precision == "fp16" else None
+    scaler, scale = None, config.loss_scale
+    if config.precision == "fp16":
+        scaler = LossScaler(
+            initial_scale=2.0**scale.initial_power,
+            window=scale.window,
+            hysteresis=scale.hysteresis,
+            min_scale=scale.minimum,
+        )
     return PrecisionPolicy(autocast, scaler, ROW_MULTIPLE if steady else 1)

@@ -165,6 +165,7 @@ def preflight(
     training_data: TrainingData,
     total_steps: int,
     device: torch.device,
+    flops_per_s: float | None = None,
 ) -> RunPlan:
     """Prints the data, the plan and any warnings of a run; returns the plan.
 
@@ -175,7 +176,7 @@ def preflight(
     out.print(f"data: {training_data.summary}", soft_wrap=True)
     for warning in (*training_data.warnings, *few_steps(config, training_data, total_steps)):
         out.print(f"warning: {warning}", soft_wrap=True)
-    plan = plan_run(config, model, objective, training_data, total_steps, device)
+    plan = plan_run(config, model, objective, training_data, total_steps, device, flops_per_s)
     out.print(plan.line(), soft_wrap=True)
     if not plan.memory.fits(plan.free_bytes):
         out.print(
@@ -215,6 +216,7 @@ def plan_run(
     training_data: TrainingData,
     total_steps: int,
     device: torch.device,
+    flops_per_s: float | None = None,
 ) -> RunPlan:
     """Estimates time and memory of a run from its configuration and the machine's matmul rate.
 
@@ -251,7 +253,8 @@ def plan_run(
         "device_type": device.type,
     }
     memory = estimate_training(model, **setup)
-    rate, free = matmul_rate(dtype, device), memory_free_bytes(device)
+    rate = matmul_rate(dtype, device) if flops_per_s is None else flops_per_s
+    free = memory_free_bytes(device)
     measured = read_calibration()
     utilisation = measured.utilisation or USUAL_MFU
     helps = () if memory.fits(free) else memory_reductions(model, free, **setup)

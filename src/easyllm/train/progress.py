@@ -1,9 +1,7 @@
 """The progress of a training run: counters, the usual loss, and the evaluations that decide."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from easyllm.batches.packing import Batch
 from easyllm.core.json_types import JsonMapping, JsonObject
 
 SPIKE_MEMORY, SPIKE_AFTER = 0.98, 20
@@ -45,11 +43,11 @@ class TrainProgress:
     retention_before: float | None = None
     stopped: str | None = None
 
-    def count(self, batches: Sequence[Batch]) -> None:
+    def count(self, tokens: int, trained_tokens: int) -> None:
         """Adds one step to the counters."""
         self.step += 1
-        self.tokens += sum(batch.token_ids.numel() for batch in batches)
-        self.trained_tokens += sum(batch.num_trained for batch in batches)
+        self.tokens += tokens
+        self.trained_tokens += trained_tokens
 
     def is_spike(self, loss_nats: float, factor: float) -> bool:
         """Returns whether a loss exceeds `factor` times its running mean, after enough steps."""

@@ -9,9 +9,10 @@ run/manifest.json    inputs, versions, results; written last, so its presence ma
 """
 
 import math
+import signal
 import time
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,10 +29,14 @@ from easyllm.core.progress import console
 from easyllm.core.run_folder import check_run_folder, claim_run_folder
 from easyllm.models import hf_module_name, save_model
 from easyllm.models.hf_config import GENERATION_FILE, with_end_ids
+from easyllm.parallel.failures import collective_errors
+from easyllm.parallel.mesh import Mesh, check_degrees, join, leave, world_size
 from easyllm.plan.parts import virtual_tokens
 from easyllm.tokenizer.turn_ends import turn_end_ids
 from easyllm.train.callbacks import build_callbacks, check_samples, retention_samples
 from easyllm.train.config import TrainConfig
+from easyllm.train.deepspeed import with_deepspeed
+from easyllm.train.division import share_data
 from easyllm.train.factories import (
     BaseModelSource,
     Trained,
@@ -72,6 +77,8 @@ RESUMABLE_CHANGES = frozenset(
     }
 )
 """Keys that may differ on resume if the user allows it: none of them affects what is learned."""
+RELAUNCHED = frozenset({"parallel"})
+"""Keys that may differ on every resume: a checkpoint can be read by other ranks and layouts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +118,24 @@ def train(
             is at the end.
     """
     _check_implemented(config, callbacks)
-    ignore = _resumable_changes(config) if allow_change else frozenset[str]()
-    check_output(output, config, ignore=ignore)
-    ready = prepare(config)
+    config = with_deepspeed(config, world_size())
+    ignore = RELAUNCHED | (_resumable_changes(config) if allow_change else frozenset[str]())
+    mesh = join_ranks(config)
+    if mesh is None or mesh.is_first:
+        check_output(output, config, ignore=ignore)
+    ready = prepare(config, mesh)
     with memory_advice(config):
         folder = existing_folder(output)
-        trained = build_model(config, ready.origin, ready.objective, ready.device, folder)
+        trained = build_model(config, ready.origin, ready.objective, ready.device, folder, mesh)
         if ready.objective.needs_reference:
             ready.objective.reference = build_reference(
                 config, ready.origin, ready.objective, trained
             )
         # only now, so that an error leaves no empty folder
-        with claim_run_folder(output, config, ignore=ignore):
-            _check_unfinished(output)
+        with ExitStack() as claims:
+            if mesh is None or mesh.is_first:
+                claims.enter_context(claim_run_folder(output, config, ignore=ignore))
+                _check_unfinished(output)
             return _run(build_run(config, output, ready, trained, callbacks))
 
 
@@ -141,8 +153,9 @@ def dry_run(config: TrainConfig, output: Path | None, *, allow_change: bool = Fa
     Raises:
         EasyllmError: whatever `train` raises before its first step.
     """
+    config = with_deepspeed(config, world_size())
     if output is not None:
-        ignore = _resumable_changes(config) if allow_change else frozenset[str]()
+        ignore = RELAUNCHED | (_resumable_changes(config) if allow_change else frozenset[str]())
         check_output(output, config, ignore=ignore)
     ready = prepare(config)
     if output is not None and pages_state(config):
@@ -162,13 +175,32 @@ class Prepared:
     plan: RunPlan
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def join_ranks(config: TrainConfig) -> Mesh | None:
+    """Joins the other ranks of a run; None in a single process.
+
+    Raises:
+        ConfigError: the processes cannot be divided as the recipe says.
+    """
+    if world_size() == 1:
+        check_degrees(config.parallel, 1)
+        return None
+    return join(config.parallel, pick_device(config.device).type)
+
+
+def prepare(
+    config: TrainConfig, mesh: Mesh | None = None, *, flops_per_s: float | None = None
+) -> Prepared:
     """Locates the model, reads the data and prints the plan.
+
+    Args:
+        config: the run's configuration.
+        mesh: the ranks among which each step is divided; None in a single process.
+        flops_per_s: the machine's matmul rate, for the plan; None measures it.
 
     Raises:
         ConfigError, DataError, SourceError, CheckpointError: the inputs are invalid.
     """
-    device = pick_device(config.device)
+    device = pick_device(config.device) if mesh is None else mesh.device
     check_paged(config, device)
     origin = find_base_model(config)
     objective = build_objective(config.objective)
@@ -177,6 +209,8 @@ def prepare(config: TrainConfig) -> Prepared:
     model = planned_model(config, origin, objective)
     context = model.max_seq_len - virtual_tokens(model, config.adapter)
     training_data = load_training_data(config, origin.tokenizer, objective, context=context)
+    if mesh is not None:
+        share_data(training_data, config, mesh)
     check_samples(config.samples, origin.tokenizer, context=context)
     if config.retention:
         samples = retention_samples(config, origin.tokenizer)
@@ -185,7 +219,13 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.adapter is not None:
         config.adapter.check_steps(total_steps)
     plan = preflight(
-        planned(config, objective), model, objective, training_data, total_steps, device
+        planned(config, objective),
+        model,
+        objective,
+        training_data,
+        total_steps,
+        device,
+        flops_per_s,
     )
     return Prepared(device, origin, objective, training_data, plan)
 
@@ -236,7 +276,9 @@ def build_run(
     callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Returns a run that has taken no step yet, and seeds PyTorch's global random numbers."""
-    torch.manual_seed(config.seed)
+    parallel = trained.parallel
+    # ranks with other data draw other dropout masks
+    torch.manual_seed(config.seed + (0 if parallel is None else parallel.mesh.data.rank))
     ready.objective.start(
         RunSetup(
             model=trained.model,
@@ -260,8 +302,11 @@ def build_run(
         plan=ready.plan,
         inputs=input_hashes(ready.origin),
         progress=TrainProgress(),
-        callbacks=build_callbacks(config, callbacks),
+        callbacks=build_callbacks(
+            config, callbacks, is_first=parallel is None or parallel.is_first
+        ),
         flops=step_flops(trained.model.config, config),
+        parallel=parallel,
     )
 
 
@@ -279,15 +324,29 @@ def _run(run: Run) -> TrainResult:
         start = time.monotonic()
         # otherwise the run was stopped early, but killed before it wrote its result
         if run.progress.stopped is None:
-            run_steps(run, stop)
+            with _collective_errors(run):
+                run_steps(run, stop)
         _check_end(run, stop)
         run.finish_adapter()
         results = _results(run, time.monotonic() - start)
         for callback in run.callbacks:
             callback.on_end(run, results)
-        _save_result(run)
-        _write_manifest(run, results)
+        if run.parallel is not None:
+            run.parallel.restore_full(run.model, run.optimizer.final_parts())
+        if run.is_first:
+            _save_result(run)
+            _write_manifest(run, results)
+    if run.parallel is not None:
+        run.parallel.barrier()
+        leave()
     return TrainResult(run.output, results)
+
+
+def _collective_errors(run: Run) -> AbstractContextManager[None]:
+    """Returns a context in which the errors of collectives say which rank is missing."""
+    if run.parallel is None:
+        return nullcontext()
+    return collective_errors(run.config.parallel.timeout_s, run.parallel.late_ranks)
 
 
 def _resume(run: Run) -> bool:
@@ -308,18 +367,24 @@ def _check_end(run: Run, stop: StopRequest) -> None:
     step = run.progress.step
     if run.progress.stopped is not None:
         run.event("stopped", run.progress.stopped)
-    elif stop.signal is not None and step < run.total_steps:
+    elif _is_signalled(run, stop) and step < run.total_steps:
         for callback in run.callbacks:
             callback.on_interrupt(run)
         raise Interrupted(
             f"interrupted after step {step} of {run.total_steps}; run the same command to resume",
-            stop.signal,
+            stop.signal or signal.SIGTERM,
         )
-    if not run.optimizer.is_finite():
+    if not run.is_finite():
         raise Diverged(
             f"a weight is NaN or infinite after step {step}; lower the learning rate (the last "
             "good checkpoint is kept)"
         )
+
+
+def _is_signalled(run: Run, stop: StopRequest) -> bool:
+    """Whether a signal has reached this process or, in a divided run, any rank."""
+    signalled = stop.signal is not None
+    return signalled if run.parallel is None else run.parallel.any(signalled)
 
 
 def _check_implemented(config: TrainConfig, callbacks: Sequence[Callback]) -> None:
@@ -374,7 +439,8 @@ def _save_result(run: Run) -> None:
     chats = run.config.data.has_chats and objective_kind(run.config.objective).generates
     ends = turn_end_ids(tokenizer) if chats else ()
     # save the fp32 master weights, not the low-precision copies
-    for name, value in run.optimizer.final_state().items():
+    final = run.optimizer.final_state() if run.parallel is None else {}
+    for name, value in final.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     if run.adapters is None:

@@ -3,30 +3,42 @@
 checkpoints/step-000100/state.safetensors   master weights, moments, RNG states
 checkpoints/step-000100/state.json          progress, loader position, hashes of the run's inputs
 checkpoints/best/                           the checkpoint with the lowest evaluation loss, if kept
+
+A run divided among ranks writes the parts of each rank instead (`train.sharded_state`).
 """
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from easyllm.adapters import AdapterSet
 from easyllm.checkpoint.stream import TensorFile, Under, stream_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
+from easyllm.parallel.parallel import Parallel
 from easyllm.train.loss_scaler import LossScaler
 from easyllm.train.objectives import Objective
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.progress import TrainProgress
+from easyllm.train.sharded_state import (
+    STATE,
+    TENSORS,
+    StoredParts,
+    own_parts,
+    shared_directory,
+    write_parts,
+)
 
 if TYPE_CHECKING:
     from easyllm.core.json_types import JsonObject
 
 FOLDER, BEST = "checkpoints", "best"
-TENSORS, STATE = "state.safetensors", "state.json"
 SCALER = "loss_scaler"
 
 
@@ -43,6 +55,7 @@ class RunState:
         adapters: the adapter being trained, whose own state is saved too.
         scaler: the loss scaler, for fp16.
         objective: the objective, whose own state is saved too.
+        parallel: the ranks that the optimizer's state is divided among.
     """
 
     optimizer: MasterOptimizer
@@ -52,32 +65,48 @@ class RunState:
     adapters: AdapterSet | None = None
     scaler: LossScaler | None = None
     objective: Objective | None = None
+    parallel: Parallel | None = None
 
 
 def save_state(folder: Path, state: RunState) -> None:
-    """Writes a checkpoint atomically."""
+    """Writes a checkpoint atomically; in a divided run, all ranks must call it."""
+    values = _values(state)
+    if state.parallel is not None:
+        with shared_directory(folder, state.parallel) as work:
+            tensors, layout = own_parts(state.optimizer.tensors(), state.parallel)
+            tensors |= _other_tensors(state, shared=state.parallel.is_first)
+            write_parts(work, tensors, layout, values, state.parallel, state.optimizer.release)
+        return
     tensors = {f"optimizer.{name}": t for name, t in state.optimizer.tensors().items()}
-    if state.adapters is not None:
+    tensors |= _other_tensors(state)
+    with atomic_directory(folder, replace=True) as work:
+        stream_tensors(work / TENSORS, tensors, state.optimizer.release)
+        write_json(work / STATE, values)
+
+
+def _other_tensors(state: RunState, *, shared: bool = True) -> dict[str, Tensor]:
+    """Returns the random state of this process and, if `shared`, what all ranks have alike."""
+    tensors: dict[str, Tensor] = {}
+    if state.adapters is not None and shared:
         tensors |= {f"adapter.{name}": t for name, t in state.adapters.state().items()}
-    if state.objective is not None:
+    if state.objective is not None and shared:
         tensors |= {f"objective.{name}": t for name, t in state.objective.tensors().items()}
     tensors["random.cpu"] = torch.get_rng_state()
     if state.optimizer.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(state.optimizer.device)
+    return tensors
+
+
+def _values(state: RunState) -> "JsonObject":
     totals, extra = state.progress.to_json()
     if state.scaler is not None:
         extra[SCALER] = state.scaler.state()
-    with atomic_directory(folder, replace=True) as work:
-        stream_tensors(work / TENSORS, tensors, state.optimizer.release)
-        write_json(
-            work / STATE,
-            {
-                "totals": totals,
-                "loader": asdict(state.loader.state),
-                "identity": state.identity,
-                "extra": extra,
-            },
-        )
+    return {
+        "totals": totals,
+        "loader": asdict(state.loader.state),
+        "identity": state.identity,
+        "extra": extra,
+    }
 
 
 def save_step(run: Path, state: RunState, *, keep_last: int) -> None:
@@ -88,6 +117,8 @@ def save_step(run: Path, state: RunState, *, keep_last: int) -> None:
     """
     here = run / FOLDER / f"step-{state.progress.step:06d}"
     save_state(here, state)
+    if state.parallel is not None and not state.parallel.is_first:
+        return
     found = checkpoints(run)
     place = found.index(here) + 1
     for old in [*found[: max(0, place - keep_last)], *found[place:]]:
@@ -127,8 +158,8 @@ def load_state(folder: Path, state: RunState) -> None:
         CheckpointError: it is damaged, or belongs to another model, tokenizer or data.
     """
     try:
-        tensors = TensorFile(folder / TENSORS)
         noted: JsonObject = json.loads((folder / STATE).read_text("utf-8"))
+        tensors = _stored_tensors(folder, noted, state)
         identity, extra = dict(noted["identity"]), dict(noted["extra"])
         progress = TrainProgress.from_json(noted["totals"], extra)
         position = type(state.loader.state)(**noted["loader"])
@@ -142,6 +173,8 @@ def load_state(folder: Path, state: RunState) -> None:
                 "choose another output folder"
             )
     state.optimizer.load_tensors(Under(tensors, "optimizer."))
+    if state.parallel is not None:
+        state.parallel.refresh()
     if state.adapters is not None:
         state.adapters.load_state(dict(Under(tensors, "adapter.")))
     if state.objective is not None:
@@ -150,9 +183,17 @@ def load_state(folder: Path, state: RunState) -> None:
     state.progress.restore(progress)
     if state.scaler is not None:
         state.scaler.load_state(extra.get(SCALER))
-    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cpu" in tensors:  # absent for a rank that the saved run did not have
+        torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and state.optimizer.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], state.optimizer.device)
+
+
+def _stored_tensors(folder: Path, noted: "JsonObject", state: RunState) -> Mapping[str, Tensor]:
+    """Returns the stored tensors, in the parts that this process holds."""
+    if noted.get("layout") is None and state.parallel is None:
+        return TensorFile(folder / TENSORS)
+    return StoredParts(folder, noted, state.parallel)
 
 
 class _Damaged(CheckpointError):

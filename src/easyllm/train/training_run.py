@@ -25,6 +25,7 @@ from easyllm.core.device import peak_memory_bytes
 from easyllm.core.json_types import JsonObject
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
+from easyllm.parallel.parallel import Parallel
 from easyllm.plan.compute import training_flops
 from easyllm.train.config import TrainConfig
 from easyllm.train.factories import BaseModelSource
@@ -112,6 +113,7 @@ class Run:
         progress: counters and evaluations since the first step; the only value that changes.
         callbacks: called in this order.
         flops: returns the model FLOPs of a step, given the lengths of its sequences.
+        parallel: the ranks that the run is divided among; None in a single process.
     """
 
     config: TrainConfig
@@ -128,6 +130,17 @@ class Run:
     progress: TrainProgress
     callbacks: "tuple[Callback, ...]"
     flops: Callable[[tuple[int, ...]], float]
+    parallel: Parallel | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run's results: rank 0, or the only one."""
+        return self.parallel is None or self.parallel.is_first
+
+    def is_finite(self) -> bool:
+        """Returns whether all master weights are finite, on every rank."""
+        finite = self.optimizer.is_finite()
+        return finite if self.parallel is None else not self.parallel.any(not finite)
 
     @property
     def total_steps(self) -> int:
@@ -145,6 +158,7 @@ class Run:
             adapters=self.adapters,
             scaler=self.precision.scaler,
             objective=self.objective,
+            parallel=self.parallel,
         )
 
     def event(self, kind: str, detail: str) -> None:

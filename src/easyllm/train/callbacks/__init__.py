@@ -18,15 +18,23 @@ from easyllm.train.training_run import Callback
 
 
 def build_callbacks(
-    config: TrainConfig, additional: Sequence[Callback] = ()
+    config: TrainConfig, additional: Sequence[Callback] = (), *, is_first: bool = True
 ) -> tuple[Callback, ...]:
-    """Returns the callbacks of a run, the additional ones before evaluations and checkpoints."""
+    """Returns the callbacks of a run, the additional ones before evaluations and checkpoints.
+
+    Args:
+        config: the run's configuration.
+        additional: further callbacks.
+        is_first: whether this is the rank that logs; the others take part in evaluations and
+            checkpoints only.
+    """
     callbacks: list[Callback] = []
     if config.adapter is not None:
         callbacks.append(AdapterHooks())
     if config.compile:
         callbacks.append(CompileTime())
-    callbacks += [LogMetrics(), ConsoleNotes(), *additional]
+    if is_first:
+        callbacks += [LogMetrics(), ConsoleNotes(), *additional]
     if config.samples is not None:
         callbacks.append(Samples(config.samples))
     callbacks.append(Evaluation())

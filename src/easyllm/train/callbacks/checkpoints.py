@@ -31,7 +31,7 @@ class Checkpoints(Callback):
         """Writes a checkpoint of this step, unless it exists or a weight is NaN or infinite."""
         if run.progress.step == self._saved_step:
             return
-        if not run.optimizer.is_finite():
+        if not run.is_finite():
             run.event("not saved", "a weight is NaN or infinite; keeping the last good checkpoint")
             return
         save_step(run.output, run.state, keep_last=run.config.keep_last)

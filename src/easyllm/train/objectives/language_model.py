@@ -77,7 +77,9 @@ class LanguageModel(Objective):
         routing = routing_of(model)
         context = batch.context(mask=config, routing=routing)
         hidden, weight = model.loss_factors(model(batch.token_ids, context))
-        out = linear_cross_entropy(
+        # tensor-parallel ranks hold a part of the vocabulary
+        shard = model.vocabulary
+        out = (linear_cross_entropy if shard is None else shard.cross_entropy)(
             hidden,
             weight,
             batch.labels,

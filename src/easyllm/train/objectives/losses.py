@@ -74,6 +74,16 @@ class MeanLoss:
                 share /= self.num_terms
             self._metrics[name] = self._metrics.get(name, 0.0) + share
 
+    def add_all(self, others: Iterable["MeanLoss"]) -> None:
+        """Adds the sums of other ranks, whose means are over the same number of terms."""
+        for other in others:
+            self.sum += other.sum
+            for name, share in other._metrics.items():
+                self._metrics[name] = self._metrics.get(name, 0.0) + share
+            for name, (more, number) in other._partial.items():
+                total, count = self._partial.get(name, (0.0, 0))
+                self._partial[name] = (total + more, count + number)
+
     @property
     def nats(self) -> float:
         """The mean loss per term, in nats; 0 without terms."""

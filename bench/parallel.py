@@ -1,0 +1,155 @@
+"""Full fine-tuning steps of SmolLM2 in fp32: one process, two processes, and a peer in two.
+
+    python bench/parallel.py [--tokens 512] [--steps 3] [--peer] [--record]
+
+Every process has one thread. The steps of one and of two processes take the same batch; `--peer`
+also times Accelerate's FSDP2 around `transformers` with the same model, batch, optimizer and
+sharding (needs both packages). Printed as one JSON row: seconds per step (median after one warm-up
+step), the speed-up of two processes, and our time relative to the peer's.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+
+from easyllm.parallel.launch import launch
+
+LAYOUTS = ("ddp", "zero2", "fsdp")
+SEQUENCE = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
+    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--rank-of", choices=["ours", "accelerate"], help=argparse.SUPPRESS)
+    parser.add_argument("--layout", default="ddp", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_of is not None:
+        run = ours if options.rank_of == "ours" else accelerate
+        seconds, loss = run(options)
+        if os.environ["RANK"] == "0":
+            figures = {"seconds": statistics.median(seconds[1:]), "loss": loss}
+            options.out.write_text(json.dumps(figures))
+        return
+    row = machine.row("parallel", tokens=options.tokens)
+    row["one"] = measure(options, "ours", "ddp", 1)
+    for layout in options.layouts:
+        row[layout] = measure(options, "ours", layout, 2)
+        row[f"{layout}_speedup"] = round(row["one"]["seconds"] / row[layout]["seconds"], 3)
+    if options.peer:
+        row["accelerate_fsdp"] = measure(options, "accelerate", "fsdp", 2)
+        ratio = row["fsdp"]["seconds"] / row["accelerate_fsdp"]["seconds"]
+        row["fsdp_to_accelerate"] = round(ratio, 3)
+    machine.finish(row, "parallel", record=options.record)
+
+
+def measure(options: argparse.Namespace, who: str, layout: str, ranks: int) -> dict[str, float]:
+    """Returns seconds per step and the first loss of a launch."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "figures.json"
+        command = [sys.executable, __file__, "--rank-of", who, "--layout", layout]
+        command += ["--tokens", str(options.tokens), "--steps", str(options.steps)]
+        code, failures = launch([*command, "--out", str(out)], ranks, {"OMP_NUM_THREADS": "1"})
+        if code:
+            raise SystemExit(failures[0].message())
+        found: dict[str, float] = json.loads(out.read_text())
+        return found
+
+
+def sequences(options: argparse.Namespace) -> list[list[int]]:
+    """The token ids of a step, the same for everyone."""
+    generator = torch.Generator().manual_seed(0)
+    count = options.tokens // SEQUENCE
+    return torch.randint(3, 49152, (count, SEQUENCE), generator=generator).tolist()
+
+
+def ours(options: argparse.Namespace) -> tuple[list[float], float]:
+    from easyllm.batches.packing import pack
+    from easyllm.examples.sample import Sample
+    from easyllm.models import load_model
+    from easyllm.parallel.config import ParallelConfig
+    from easyllm.parallel.mesh import join, leave, world_size
+    from easyllm.parallel.parallel import parallelize
+    from easyllm.train.loop import accumulate, apply_gradients
+    from easyllm.train.objectives import LanguageModel
+    from easyllm.train.optim import MasterOptimizer
+    from easyllm.train.optim_config import AdamWConfig
+    from easyllm.train.precision import PrecisionPolicy
+
+    torch.set_num_threads(1)
+    model = load_model("smollm2", dtype="float32").requires_grad_(True).train()
+    config = ParallelConfig(layout=options.layout)
+    parallel, rank, size = None, 0, 1
+    if world_size() > 1:
+        mesh = join(config)
+        rank, size = mesh.data.rank, mesh.data.size
+        parallel = parallelize(model, mesh, config)
+    trained: dict[str, Any] = dict(model.named_parameters())
+    if parallel is not None:
+        trained = dict(parallel.sharding.parameters)
+    local = None if parallel is None else parallel.local
+    optimizer = MasterOptimizer(trained, AdamWConfig(learning_rate=1e-5), local=local)
+    rows = [Sample.from_mask(tuple(row)) for row in sequences(options)][rank::size]
+    batch, precision, objective = pack(rows), PrecisionPolicy(), LanguageModel()
+    seconds, losses = [], []
+    for _ in range(options.steps + 1):
+        start = time.perf_counter()
+        loss, _ = accumulate(model, objective, [batch], precision, None, parallel)
+        if parallel is not None:
+            parallel.reduce(optimizer.set_gradient)
+        apply_gradients(optimizer, precision, 1.0, 1.0, loss, None, parallel)
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss)
+    leave()
+    return seconds, losses[0]
+
+
+def accelerate(options: argparse.Namespace) -> tuple[list[float], float]:
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from transformers import LlamaForCausalLM
+
+    from easyllm.models import open_source
+
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        reshard_after_forward=True,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = LlamaForCausalLM.from_pretrained(open_source("smollm2").path, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ids = torch.tensor(sequences(options)[accelerator.process_index :: accelerator.num_processes])
+    seconds, losses = [], []
+    model.train()
+    for _ in range(options.steps + 1):
+        start = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+    return seconds, losses[0]
+
+
+if __name__ == "__main__":
+    main()
