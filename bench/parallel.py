@@ -4,8 +4,8 @@
 
 Every process has one thread. The steps of one and of two processes take the same batch; `--peer`
 also times Accelerate's FSDP2 around `transformers` with the same model, batch, optimizer and
-sharding (needs both packages). Printed as one JSON row: seconds per step (median after one warm-up
-step), the speed-up of two processes, and our time relative to the peer's.
+ZeRO stage (2 or 3; needs both packages). Printed as one JSON row: seconds per step (median after
+one warm-up step), the speed-up of two processes, and our time relative to the peer's.
 """
 
 import argparse
@@ -51,9 +51,10 @@ def main() -> None:
         row[layout] = measure(options, "ours", layout, 2)
         row[f"{layout}_speedup"] = round(row["one"]["seconds"] / row[layout]["seconds"], 3)
     if options.peer:
-        row["accelerate_fsdp"] = measure(options, "accelerate", "fsdp", 2)
-        ratio = row["fsdp"]["seconds"] / row["accelerate_fsdp"]["seconds"]
-        row["fsdp_to_accelerate"] = round(ratio, 3)
+        for layout in (each for each in options.layouts if each != "ddp"):
+            peer = row[f"accelerate_{layout}"] = measure(options, "accelerate", layout, 2)
+            ratio = row[layout]["seconds"] / peer["seconds"]
+            row[f"{layout}_to_accelerate"] = round(ratio, 3)
     machine.finish(row, "parallel", record=options.record)
 
 
@@ -130,7 +131,7 @@ def accelerate(options: argparse.Namespace) -> tuple[list[float], float]:
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        reshard_after_forward=True,
+        reshard_after_forward=options.layout == "fsdp",  # else ZeRO-2
     )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     model = LlamaForCausalLM.from_pretrained(open_source("smollm2").path, dtype=torch.float32)

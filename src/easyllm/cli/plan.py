@@ -78,6 +78,17 @@ def plan(
         Path | None,
         typer.Option(callback=home_path, help="Also write a page with plots.", metavar="FILE"),
     ] = None,
+    ds_config: Annotated[
+        str | None,
+        typer.Option(
+            "--ds-config",
+            metavar="FILE",
+            help="A ds_config.json: bytes and messages of each process of a full fine-tune.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="With --ds-config: number of processes.")
+    ] = 8,
     json_output: JsonFlag = False,
 ) -> None:
     r"""Estimate parameters, memory, FLOPs and time of a model or training run without loading it.
@@ -105,7 +116,14 @@ def plan(
         easyllm plan sft-lora epochs=3
 
         easyllm plan sft-lora --calibrate
+
+        easyllm plan llama2-7b --ds-config ds_config.json --processes 8
     """
+    if ds_config is not None:
+        from easyllm.cli.plan_deepspeed import plan_deepspeed
+
+        plan_deepspeed(source, ds_config, processes, json_output=json_output)
+        return
     asked: dict[str, Any] = {"context": context, "sequences": sequences, "dtype": dtype}
     asked |= {"quantize": quantize, "cache-dtype": cache_dtype, "html": html}
     asked["train"] = train or None  # None if not given, like the others
@@ -143,6 +161,20 @@ def _dispatch(
     if source is None or (checked.evening is not None and not _is_recipe(source)):
         _plan_evening(source, checked, asked, json_output=json_output)
         return
+    if ds_config is not None:
+        from easyllm.cli.plan_deepspeed import plan_deepspeed
+
+        plan_deepspeed(source, ds_config, processes, json_output=json_output)
+        return
+
+    options = {
+        "context": context,
+        "sequences": sequences,
+        "dtype": dtype,
+        "quantize": quantize,
+        "cache-dtype": cache_dtype,
+        "train": train or None,  # None if not given, like the others
+    }
     if _is_recipe(source):
         given = [name for name, value in asked.items() if value is not None and value is not False]
         if given:

@@ -159,15 +159,16 @@ class Parallel:
         """
         # a gathered FSDP module would put its shards back when its state is read
         self.refresh()
+        frozen = {n: p for n, p in model.named_parameters() if isinstance(p, DTensor)}
         for name, values in masters:
+            frozen.pop(name, None)
             full = self.full(name, values)
             if self.is_first:
                 _replace(model, name, full)
-        for name, parameter in list(model.named_parameters()):
-            if isinstance(parameter, DTensor):
-                full = parameter.full_tensor()
-                if self.is_first:
-                    _replace(model, name, full)
+        for name, parameter in frozen.items():
+            full = parameter.full_tensor()
+            if self.is_first:
+                _replace(model, name, full)
 
     def mark(self) -> None:
         """Notes progress, so that a timeout can name the ranks that are late."""
