@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--rank-of", choices=["ours", "accelerate"], help=argparse.SUPPRESS)
     parser.add_argument("--layout", default="ddp", help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of is not None:
@@ -51,10 +52,12 @@ def main() -> None:
         row[layout] = measure(options, "ours", layout, 2)
         row[f"{layout}_speedup"] = round(row["one"]["seconds"] / row[layout]["seconds"], 3)
     if options.peer:
-        for layout in (each for each in options.layouts if each != "ddp"):
-            peer = row[f"accelerate_{layout}"] = measure(options, "accelerate", layout, 2)
-            ratio = row[layout]["seconds"] / peer["seconds"]
-            row[f"{layout}_to_accelerate"] = round(ratio, 3)
+        with tempfile.TemporaryDirectory() as folder:
+            options.model = hugging_face_folder(Path(folder) / "model")
+            for layout in (each for each in options.layouts if each != "ddp"):
+                peer = row[f"accelerate_{layout}"] = measure(options, "accelerate", layout, 2)
+                ratio = row[layout]["seconds"] / peer["seconds"]
+                row[f"{layout}_to_accelerate"] = round(ratio, 3)
     machine.finish(row, "parallel", record=options.record)
 
 
@@ -63,12 +66,24 @@ def measure(options: argparse.Namespace, who: str, layout: str, ranks: int) -> d
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"
         command = [sys.executable, __file__, "--rank-of", who, "--layout", layout]
+        if who == "accelerate":
+            command += ["--model", str(options.model)]
         command += ["--tokens", str(options.tokens), "--steps", str(options.steps)]
         code, failures = launch([*command, "--out", str(out)], ranks, {"OMP_NUM_THREADS": "1"})
         if code:
             raise SystemExit(failures[0].message())
         found: dict[str, float] = json.loads(out.read_text())
+        print(who, layout, ranks, found, file=sys.stderr)
         return found
+
+
+def hugging_face_folder(folder: Path) -> Path:
+    """Writes the model in fp32, as `transformers` reads it."""
+    from easyllm.models import load_model, load_tokenizer, save_model
+
+    return save_model(
+        load_model("smollm2", dtype="float32"), folder, tokenizer=load_tokenizer("smollm2")
+    )
 
 
 def sequences(options: argparse.Namespace) -> list[list[int]]:
@@ -123,8 +138,6 @@ def accelerate(options: argparse.Namespace) -> tuple[list[float], float]:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from transformers import LlamaForCausalLM
 
-    from easyllm.models import open_source
-
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
     plugin = FullyShardedDataParallelPlugin(
@@ -134,7 +147,7 @@ def accelerate(options: argparse.Namespace) -> tuple[list[float], float]:
         reshard_after_forward=options.layout == "fsdp",  # else ZeRO-2
     )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    model = LlamaForCausalLM.from_pretrained(open_source("smollm2").path, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     ids = torch.tensor(sequences(options)[accelerator.process_index :: accelerator.num_processes])

@@ -49,7 +49,9 @@ class ParallelFinding:
     Attributes:
         layout: such as `ZeRO-2` or `TP 3`.
         ranks: number of processes; 0 if the layout was not run.
-        loss, norm, gradient, weight: largest differences; NaN if not run.
+        loss, norm: largest differences of a step; NaN if not run, as are the following.
+        gradient, weight: largest relative difference of a tensor.
+        weights: difference of all weights together, relative to the norm of their change.
         holds: whether all are within their bounds; None if the layout was not run.
         note: the first tensor that differs, or why the layout was not run.
     """
@@ -60,6 +62,7 @@ class ParallelFinding:
     norm: float
     gradient: float
     weight: float
+    weights: float
     holds: bool | None
     note: str = ""
 
@@ -105,7 +108,7 @@ def verify_parallel(
             progress.advance(1)
     if why:
         n = math.nan
-        found.append(ParallelFinding("TP 2" if degree else "TP", 0, n, n, n, n, None, why))
+        found.append(ParallelFinding("TP 2" if degree else "TP", 0, n, n, n, n, n, None, why))
     return found
 
 

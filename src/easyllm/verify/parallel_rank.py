@@ -89,6 +89,8 @@ def compare(name: str, one: Trace, other: Trace) -> JsonObject:
     gradient, where = _furthest(one.gradients, other.gradients, one.gradients)
     changes = {n: one.weights[n] - one.start[n] for n in one.weights}
     weight, where_weight = _furthest(one.weights, other.weights, changes)
+    gaps = [float((one.weights[n] - other.weights[n]).norm()) for n in one.weights]
+    total = math.hypot(*gaps) / math.hypot(*(float(c.norm()) for c in changes.values()))
     note = ""
     if not gradient <= GRADIENT_BOUND:
         note = f"gradient of {where}"
@@ -103,6 +105,7 @@ def compare(name: str, one: Trace, other: Trace) -> JsonObject:
         "norm": norm,
         "gradient": gradient,
         "weight": weight,
+        "weights": total,
         "holds": holds,
         "note": note or ("" if holds else "gradient norm"),
     }
