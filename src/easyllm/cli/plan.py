@@ -161,20 +161,6 @@ def _dispatch(
     if source is None or (checked.evening is not None and not _is_recipe(source)):
         _plan_evening(source, checked, asked, json_output=json_output)
         return
-    if ds_config is not None:
-        from easyllm.cli.plan_deepspeed import plan_deepspeed
-
-        plan_deepspeed(source, ds_config, processes, json_output=json_output)
-        return
-
-    options = {
-        "context": context,
-        "sequences": sequences,
-        "dtype": dtype,
-        "quantize": quantize,
-        "cache-dtype": cache_dtype,
-        "train": train or None,  # None if not given, like the others
-    }
     if _is_recipe(source):
         given = [name for name, value in asked.items() if value is not None and value is not False]
         if given:

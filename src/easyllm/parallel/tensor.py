@@ -204,7 +204,7 @@ def _enter_before(block: nn.Module, sharding: TensorSharding) -> None:
     def forward(x: Tensor, context: ForwardContext) -> Tensor:
         return plain(sharding.enter(x), context)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
 
 
 def _divide_linear(

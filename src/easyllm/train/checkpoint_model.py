@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from easyllm.adapters import AdapterSet
-from easyllm.checkpoint.stream import TensorFile, Under
+from easyllm.checkpoint.stream import Under
 from easyllm.core.config import validate
 from easyllm.core.device import pick_device
 from easyllm.core.errors import CheckpointError, ConfigError
@@ -21,7 +21,8 @@ from easyllm.train.config import TrainConfig
 from easyllm.train.factories import build_model, find_base_model
 from easyllm.train.metrics import read_metrics
 from easyllm.train.objectives import build_objective, objective_kind
-from easyllm.train.state import TENSORS, checkpoints
+from easyllm.train.sharded_state import open_tensors
+from easyllm.train.state import checkpoints
 
 
 @dataclass(slots=True)
@@ -83,7 +84,7 @@ class CheckpointModel:
             if step <= self.step:
                 return None
             try:
-                tensors = TensorFile(folder / TENSORS)
+                tensors = open_tensors(folder)
                 wanted = Under(tensors, "optimizer.master."), Under(tensors, "adapter.")
                 return step, {
                     f"{prefix}.{name}": tensor.clone()

@@ -8,6 +8,7 @@ A part is described by the full tensor's name and shape and its place in it (`pa
 that another number of ranks, or another layout, reads the same checkpoint.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -177,10 +178,32 @@ class StoredParts(Mapping[str, Tensor]):
         return part.reshape(self._parallel.local[_parameter(name)].shape)
 
 
+def open_tensors(folder: Path) -> Mapping[str, Tensor]:
+    """Returns the full tensors of a checkpoint, whatever the number of ranks that wrote it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        OSError: the checkpoint has been removed.
+    """
+    try:
+        noted = json.loads((folder / STATE).read_text("utf-8"))
+        return StoredParts(folder, noted, None)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / STATE} is damaged ({error})") from None
+
+
 def _parameter(name: str) -> str:
     """Returns the parameter of an optimizer's tensor, `optimizer.KIND.PARAMETER`."""
     parts = name.split(".", 2)
     return parts[2] if len(parts) == 3 else ""
 
 
-__all__ = ["STATE", "TENSORS", "StoredParts", "own_parts", "shared_directory", "write_parts"]
+__all__ = [
+    "STATE",
+    "TENSORS",
+    "StoredParts",
+    "open_tensors",
+    "own_parts",
+    "shared_directory",
+    "write_parts",
+]

@@ -74,7 +74,7 @@ def _keep_adapters_local(parallel: Parallel) -> None:
                 parameter.grad.zero_()  # rank 0 trains the adapter on its own data alone
             plain(name, parameter)
 
-        sharding.take = take
+        sharding.take = take  # type: ignore[method-assign]
         return
     plain_reduce, size = sharding.reduce, parallel.mesh.data.size
 
