@@ -1,20 +1,45 @@
 """Divides the model of a run among its ranks, and checks that the recipe allows it."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from easyllm.adapters import AdapterSet
 from easyllm.adapters.adapter import Adapter
 from easyllm.adapters.lora import LoRA
 from easyllm.batches.rank_share import RankShare
+from easyllm.core.device import pick_device
 from easyllm.core.errors import ConfigError
 from easyllm.nn.decoder import Decoder
 from easyllm.parallel.config import FULLY_SHARDED
-from easyllm.parallel.mesh import Mesh
+from easyllm.parallel.failures import collective_errors
+from easyllm.parallel.mesh import Mesh, check_degrees, join, world_size
 from easyllm.parallel.parallel import Parallel, parallelize
 from easyllm.parallel.tensor import TensorSharding, shard_tensors
 from easyllm.train.config import TrainConfig
 from easyllm.train.optim_config import AdamWConfig, SGDConfig
 from easyllm.train.training_data import TrainingData
+
+
+def join_ranks(config: TrainConfig) -> Mesh | None:
+    """Joins the other ranks of a run; None in a single process.
+
+    Raises:
+        ConfigError: the processes cannot be divided as the recipe says.
+    """
+    if world_size() == 1:
+        check_degrees(config.parallel, 1)
+        return None
+    return join(config.parallel, pick_device(config.device).type)
+
+
+def naming_late_ranks(
+    parallel: Parallel | None, *, config: TrainConfig
+) -> AbstractContextManager[None]:
+    """Returns a context in which the errors of collectives say which rank is missing."""
+    if parallel is None:
+        return nullcontext()
+    return collective_errors(config.parallel.timeout_s, parallel.late_ranks)
 
 
 def gathers_in(compute: torch.dtype, config: TrainConfig, mesh: Mesh | None) -> bool:
@@ -114,4 +139,11 @@ def share_data(data: TrainingData, config: TrainConfig, mesh: Mesh) -> None:
     data.loader.share = RankShare(mesh.data.rank, mesh.data.size)
 
 
-__all__ = ["check_division", "divide", "gathers_in", "share_data"]
+__all__ = [
+    "check_division",
+    "divide",
+    "gathers_in",
+    "join_ranks",
+    "naming_late_ranks",
+    "share_data",
+]

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from easyllm.nn.decoder import Decoder
@@ -27,7 +28,10 @@ def measured_bytes(model: "Decoder", optimizer: "MasterOptimizer") -> dict[str, 
 
 
 def _distinct_bytes(tensors: Iterable[Tensor]) -> int:
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    # of sharded weights, this rank's part
+    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    storages = (tensor.untyped_storage() for tensor in local)
+    found = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return sum(found.values())
 
 

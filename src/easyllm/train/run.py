@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,14 +29,13 @@ from easyllm.core.progress import console
 from easyllm.core.run_folder import check_run_folder, claim_run_folder
 from easyllm.models import hf_module_name, save_model
 from easyllm.models.hf_config import GENERATION_FILE, with_end_ids
-from easyllm.parallel.failures import collective_errors
-from easyllm.parallel.mesh import Mesh, check_degrees, join, leave, world_size
+from easyllm.parallel.mesh import Mesh, leave, world_size
 from easyllm.plan.parts import virtual_tokens
 from easyllm.tokenizer.turn_ends import turn_end_ids
 from easyllm.train.callbacks import build_callbacks, check_samples, retention_samples
 from easyllm.train.config import TrainConfig
 from easyllm.train.deepspeed import with_deepspeed
-from easyllm.train.division import share_data
+from easyllm.train.division import join_ranks, naming_late_ranks, share_data
 from easyllm.train.factories import (
     BaseModelSource,
     Trained,
@@ -173,18 +172,6 @@ class Prepared:
     objective: Objective
     training_data: TrainingData
     plan: RunPlan
-
-
-def join_ranks(config: TrainConfig) -> Mesh | None:
-    """Joins the other ranks of a run; None in a single process.
-
-    Raises:
-        ConfigError: the processes cannot be divided as the recipe says.
-    """
-    if world_size() == 1:
-        check_degrees(config.parallel, 1)
-        return None
-    return join(config.parallel, pick_device(config.device).type)
 
 
 def prepare(
@@ -324,7 +311,7 @@ def _run(run: Run) -> TrainResult:
         start = time.monotonic()
         # otherwise the run was stopped early, but killed before it wrote its result
         if run.progress.stopped is None:
-            with _collective_errors(run):
+            with naming_late_ranks(run.parallel, config=run.config):
                 run_steps(run, stop)
         _check_end(run, stop)
         run.finish_adapter()
@@ -340,13 +327,6 @@ def _run(run: Run) -> TrainResult:
         run.parallel.barrier()
         leave()
     return TrainResult(run.output, results)
-
-
-def _collective_errors(run: Run) -> AbstractContextManager[None]:
-    """Returns a context in which the errors of collectives say which rank is missing."""
-    if run.parallel is None:
-        return nullcontext()
-    return collective_errors(run.config.parallel.timeout_s, run.parallel.late_ranks)
 
 
 def _resume(run: Run) -> bool:
