@@ -136,6 +136,7 @@ def calls(tiny_folder, tmp_path_factory):
         "reason": (tiny_folder, "2 + 2"),
         "prompt new": ("new.md",),
         "verify": (tiny_folder,),
+        "train": ("sft-lora",),
         "compare": (tiny_folder, tiny_folder),
         "data best-of-n": (tiny_folder, rows, folder / "best.jsonl", "--reward", "rule:digits"),
         "data inspect": (rows, "--model", tiny_folder),

@@ -87,8 +87,9 @@ def plan(
         ),
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="With --ds-config: number of processes.")
-    ] = 8,
+        int | None,
+        typer.Option(min=1, help="With --ds-config: number of processes; by default 8."),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     r"""Estimate parameters, memory, FLOPs and time of a model or training run without loading it.
@@ -122,8 +123,12 @@ def plan(
     if ds_config is not None:
         from easyllm.cli.plan_deepspeed import plan_deepspeed
 
-        plan_deepspeed(source, ds_config, processes, json_output=json_output)
+        plan_deepspeed(source, ds_config, processes or 8, json_output=json_output)
         return
+    if processes is not None:
+        from easyllm.core.errors import ConfigError
+
+        raise ConfigError("--processes applies to --ds-config FILE; remove it, or give a file")
     asked: dict[str, Any] = {"context": context, "sequences": sequences, "dtype": dtype}
     asked |= {"quantize": quantize, "cache-dtype": cache_dtype, "html": html}
     asked["train"] = train or None  # None if not given, like the others

@@ -51,11 +51,13 @@ def verify(
         ),
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=1, help="With --parallel: number of optimizer steps.")
-    ] = 4,
+        int | None,
+        typer.Option(min=1, help="With --parallel: number of optimizer steps; by default 4."),
+    ] = None,
     layers: Annotated[
-        int, typer.Option(min=0, help="With --parallel: first layers to keep; 0 keeps all.")
-    ] = 2,
+        int | None,
+        typer.Option(min=0, help="With --parallel: first layers to keep (default 2); 0: all."),
+    ] = None,
     plant: Annotated[
         PlantedFault | None,
         typer.Option(help="With --parallel: plant this fault, to see that it is found."),
@@ -75,9 +77,15 @@ def verify(
     from easyllm.core.errors import ConfigError
 
     if parallel is not None:
+        if against is not None:
+            raise ConfigError("--against compares a model, not --parallel; give one of the two")
         fault = None if plant is None else plant.value
-        _verify_parallel(parallel, words or [], steps, layers, fault, json_output=json_output)
+        sizes = {"steps": 4 if steps is None else steps, "layers": 2 if layers is None else layers}
+        _verify_parallel(parallel, words or [], fault, json_output=json_output, **sizes)
         return
+    for name, value in (("steps", steps), ("layers", layers), ("plant", plant)):
+        if value is not None:
+            raise ConfigError(f"--{name} applies to --parallel RECIPE; remove it, or give a recipe")
     if words is None or len(words) != 1:
         raise ConfigError(
             f"verify takes one model, but got {len(words or [])}; give a model such as smollm2, or "
@@ -104,10 +112,10 @@ def verify(
 def _verify_parallel(
     recipe: str,
     overrides: list[str],
-    steps: int,
-    layers: int,
     fault: str | None,
     *,
+    steps: int,
+    layers: int,
     json_output: bool,
 ) -> None:
     from easyllm.pipeline.recipe import find_recipe, load_train_recipe

@@ -175,7 +175,9 @@ def _run(
         command = [sys.executable, "-m", "easyllm.verify.parallel_rank", folder]
         code, failures = launch(command, ranks)
         if code:
-            raise RankError(failures[0].message())
+            error = RankError(failures[0].message())
+            error.exit_code = failures[0].reported_code
+            raise error
         for line in (Path(folder) / "findings.jsonl").read_text(encoding="utf-8").splitlines():
             values = json.loads(line)
             values["ranks"] = ranks
