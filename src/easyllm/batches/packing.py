@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from easyllm.examples.sample import POSITION_ROWS, AnySample, Sample, SampleGroup
+from easyllm.examples.sample import POSITION_ROWS, AnySample, Sample
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.context import AdapterRows, ForwardContext, block_position_rows
 from easyllm.ops.cross_entropy import IGNORE_INDEX

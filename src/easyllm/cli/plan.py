@@ -28,6 +28,29 @@ OPTIONS = FlagGroup(
     },
 )
 
+Scheme = Annotated[
+    str | None, typer.Option(help="Quantize the weights.", metavar="int8|int4|nf4|fp4")
+]
+DeepSpeedFile = Annotated[
+    str | None,
+    typer.Option(
+        "--ds-config",
+        metavar="FILE",
+        help="A ds_config.json: bytes and messages of each process of a full fine-tune.",
+    ),
+]
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate",
+        help="Run two steps of a recipe, compare them with the plan, keep the correction.",
+    ),
+]
+Html = Annotated[
+    Path | None,
+    typer.Option(callback=home_path, help="Also write a page with plots.", metavar="FILE"),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Adds the `plan` command to `app`."""
@@ -56,9 +79,7 @@ def plan(
     dtype: Annotated[
         str | None, typer.Option(help="Weight dtype: bfloat16 (the default), float32 ...")
     ] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="Quantize the weights.", metavar="int8|int4|nf4|fp4")
-    ] = None,
+    quantize: Scheme = None,
     cache_dtype: Annotated[
         str | None,
         typer.Option(help="KV cache dtype: bfloat16 (the default), float32, int8, int4."),
@@ -67,25 +88,9 @@ def plan(
         bool, typer.Option("--train", help="Also plan training steps of the model.")
     ] = False,
     options: Annotated[Values, OPTIONS],
-    calibrate: Annotated[
-        bool,
-        typer.Option(
-            "--calibrate",
-            help="Run two steps of a recipe, compare them with the plan, keep the correction.",
-        ),
-    ] = False,
-    html: Annotated[
-        Path | None,
-        typer.Option(callback=home_path, help="Also write a page with plots.", metavar="FILE"),
-    ] = None,
-    ds_config: Annotated[
-        str | None,
-        typer.Option(
-            "--ds-config",
-            metavar="FILE",
-            help="A ds_config.json: bytes and messages of each process of a full fine-tune.",
-        ),
-    ] = None,
+    calibrate: Calibrate = False,
+    html: Html = None,
+    ds_config: DeepSpeedFile = None,
     processes: Annotated[
         int | None,
         typer.Option(min=1, help="With --ds-config: number of processes; by default 8."),

@@ -9,6 +9,29 @@ import typer
 from easyllm.cli.next_steps import after_training, print_steps
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_pairs
 
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--nproc",
+        min=1,
+        help="Number of processes on this machine that share the run, as its key `parallel` says.",
+    ),
+]
+AllowChange = Annotated[
+    bool,
+    typer.Option(
+        "--allow-change",
+        help="Resume with harmless changes: intervals of logging, saving, evaluation; device.",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Validate, print the plan and the resolved recipe; train nothing.",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Adds the command to `app`."""
@@ -18,29 +41,9 @@ def register(app: typer.Typer) -> None:
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a built-in recipe.")],
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Validate, print the plan and the resolved recipe; train nothing.",
-        ),
-    ] = False,
-    allow_change: Annotated[
-        bool,
-        typer.Option(
-            "--allow-change",
-            help="Resume with harmless changes: intervals of logging, saving, evaluation; device.",
-        ),
-    ] = False,
-    nproc: Annotated[
-        int,
-        typer.Option(
-            "--nproc",
-            min=1,
-            help="Number of processes on this machine that share the run, as its key `parallel` "
-            "says.",
-        ),
-    ] = 1,
+    dry_run: DryRun = False,
+    allow_change: AllowChange = False,
+    nproc: Processes = 1,
     json_output: JsonFlag = False,
 ) -> None:
     r"""Train with a recipe; an interrupted run resumes.

@@ -23,45 +23,52 @@ class PlantedFault(StrEnum):
     local_adapter = "local-adapter"
 
 
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="MODEL | [KEY=VALUE]...",
+        help="A model (smollm2, a checkpoint folder, a .gguf file, or hf:org/name) or, with "
+        "--parallel, overrides of the recipe.",
+    ),
+]
+ParallelRecipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RECIPE",
+        help="Compare a training recipe under DDP, ZeRO-1 to 3, FSDP and TP with one process.",
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --parallel: number of optimizer steps; by default 4."),
+]
+Layers = Annotated[
+    int | None,
+    typer.Option(min=0, help="With --parallel: first layers to keep (default 2); 0: all."),
+]
+Plant = Annotated[
+    PlantedFault | None,
+    typer.Option(help="With --parallel: plant this fault, to see that it is found."),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Adds the `verify` command to `app`."""
     app.command("verify")(verify)
 
 
 def verify(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="MODEL | [KEY=VALUE]...",
-            help="A model (smollm2, a checkpoint folder, a .gguf file, or hf:org/name) or, with "
-            "--parallel, overrides of the recipe.",
-        ),
-    ] = None,
+    words: Words = None,
     against: Annotated[
         Against | None, typer.Option(help="Also compare with this library (extra `reference`).")
     ] = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Number of random tokens to compare on.")
     ] = 256,
-    parallel: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RECIPE",
-            help="Compare a training recipe under DDP, ZeRO-1 to 3, FSDP and TP with one process.",
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --parallel: number of optimizer steps; by default 4."),
-    ] = None,
-    layers: Annotated[
-        int | None,
-        typer.Option(min=0, help="With --parallel: first layers to keep (default 2); 0: all."),
-    ] = None,
-    plant: Annotated[
-        PlantedFault | None,
-        typer.Option(help="With --parallel: plant this fault, to see that it is found."),
-    ] = None,
+    parallel: ParallelRecipe = None,
+    steps: Steps = None,
+    layers: Layers = None,
+    plant: Plant = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Check numerical equalities that must hold for a checkpoint or recipe; exit code 1 if not.

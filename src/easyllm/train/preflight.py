@@ -228,8 +228,7 @@ def plan_run(
     tokens = int(training_data.tokens_per_epoch * epochs)
     step = training_data.loader.largest_step(total_steps)
     row = min(config.data.max_seq_len, config.micro_batch_tokens)
-    shared = shares_prompts(model, virtual_tokens(model, config.adapter))
-    computed = tokens - (int(training_data.shared_per_epoch * epochs) if shared else 0)
+    computed = tokens - _shared_tokens(config, model, training_data, epochs)
     flops = training_flops(model, (row,), adapter=config.adapter).total / row * computed
     # blocks of a GGUF file have at most 8.5 bits a weight
     scheme = "int8" if config.quantize == KEPT else config.quantize
@@ -253,8 +252,7 @@ def plan_run(
         "device_type": device.type,
     }
     memory = estimate_training(model, **setup)
-    rate = matmul_rate(dtype, device) if flops_per_s is None else flops_per_s
-    free = memory_free_bytes(device)
+    rate, free = flops_per_s or matmul_rate(dtype, device), memory_free_bytes(device)
     measured = read_calibration()
     utilisation = measured.utilisation or USUAL_MFU
     helps = () if memory.fits(free) else memory_reductions(model, free, **setup)
@@ -276,6 +274,15 @@ def plan_run(
         device_type=device.type,
         helps=tuple(change.what for change in helps if change.fits),
     )
+
+
+def _shared_tokens(
+    config: TrainConfig, model: ModelConfig, data: TrainingData, epochs: float
+) -> int:
+    """Returns the tokens of prompts that are computed once for several sequences."""
+    if not shares_prompts(model, virtual_tokens(model, config.adapter)):
+        return 0
+    return int(data.shared_per_epoch * epochs)
 
 
 def _reference_kind(objective: Objective) -> ReferenceKind | None:
