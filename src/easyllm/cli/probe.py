@@ -3,13 +3,14 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from easyllm.cli.output import JsonFlag, home_path, print_json, print_table
 
 if TYPE_CHECKING:
+    from easyllm.core.json_types import JsonObject
     from easyllm.nn.decoder import Decoder
     from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -105,7 +106,7 @@ def _probe(
     ids: list[int],
     span: tuple[int, int] | None,
     top: int,
-) -> dict[str, Any]:
+) -> "JsonObject":
     """Returns all figures, with tokens as text."""
     from easyllm.probe import (
         block_importance,
@@ -119,7 +120,7 @@ def _probe(
         return tokenizer.decode([token])
 
     lens = logit_lens(model, ids, top=top)
-    found: dict[str, Any] = {
+    found: JsonObject = {
         "tokens": [text_of(i) for i in ids],
         "predicts": text_of(lens[-1].token_ids[0]),
         "contributions": [
@@ -139,7 +140,7 @@ def _probe(
     return found
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(found: "JsonObject") -> None:
     terms = {(c["name"], c["layer"]): c for c in found["contributions"]}
     lost = {(w["block"], w["layer"]): w["loss_nats"] for w in found["without"]}
     rows = []
@@ -180,7 +181,7 @@ def _print(found: dict[str, Any]) -> None:
         )
 
 
-def _draw(found: dict[str, Any], output: Path) -> None:
+def _draw(found: "JsonObject", output: Path) -> None:
     """Writes the picture: the trace if there is one, else what each block contributes."""
     from easyllm.core.atomic import write_atomic
     from easyllm.probe.picture import heat_map
