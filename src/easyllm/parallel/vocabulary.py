@@ -49,6 +49,7 @@ class Vocabulary:
         softcap: float | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        max_z_loss: float = 0.0,
     ) -> CrossEntropy:
         """Returns the summed cross-entropy, the same on all ranks; see `linear_cross_entropy`.
 
@@ -56,12 +57,12 @@ class Vocabulary:
             hidden: [T, D], the same on all ranks; its gradient is this rank's term of the sum.
             weight: [V / size, D], this rank's rows.
             labels: [T] int64, token ids of the full vocabulary, or -100.
-            softcap, label_smoothing, z_loss: as there.
+            softcap, label_smoothing, z_loss, max_z_loss: as there.
         """
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         if rows.numel() < labels.numel():
             hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
-        terms = _Terms(softcap, label_smoothing, z_loss)
+        terms = _Terms(softcap, label_smoothing, z_loss, max_z_loss)
         total: Tensor = _CrossEntropy.apply(hidden, weight, labels, self, terms)
         return CrossEntropy(total, rows.numel())
 
@@ -71,6 +72,7 @@ class _Terms:
     softcap: float | None
     smoothing: float
     z_loss: float
+    max_z_loss: float
 
 
 def _error(
@@ -81,7 +83,8 @@ def _error(
     if terms.softcap is not None:
         capped = torch.tanh(logits / terms.softcap)
         logits = terms.softcap * capped
-    highest = shard.group.all_reduce(logits.amax(-1), largest=True)
+    own = logits.max(-1)
+    highest = shard.group.all_reduce(own.values.clone(), largest=True)
     index, mine = shard.rows(labels)
     target = torch.where(mine, logits.gather(1, index[:, None]).squeeze(1), 0)
     powers = (logits - highest[:, None]).exp_()
@@ -96,6 +99,10 @@ def _error(
         error -= terms.smoothing / vocab_size
     hit = torch.where(mine, terms.smoothing - 1.0, 0.0).to(error.dtype)
     error.scatter_add_(1, index[:, None], hit[:, None])
+    if terms.max_z_loss:
+        loss += terms.max_z_loss * highest.square()
+        slope = torch.where(own.values == highest, 2 * terms.max_z_loss * highest, 0)
+        error.scatter_add_(1, own.indices[:, None], slope[:, None])
     if capped is not None:
         error *= 1 - capped.square()
     return loss, error

@@ -36,7 +36,12 @@ def test_a_model_that_cannot_be_divided_is_refused_with_layouts_that_can():
 
 
 @pytest.mark.parametrize(
-    "terms", [{}, {"softcap": 5.0}, {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 8.0}]
+    "terms",
+    [
+        {},
+        {"softcap": 5.0},
+        {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 8.0, "max_z_loss": 0.02},
+    ],
 )
 def test_loss_of_a_divided_vocabulary_equals_the_plain_one(terms):
     generator = torch.Generator().manual_seed(0)
