@@ -125,6 +125,8 @@ def calls(tiny_folder, tmp_path_factory):
         "bench serve": ("http://127.0.0.1:9",),
         "rl gridworld": (),
         "lab": ("rope-distance",),
+        "probe": (tiny_folder, "one two"),
+        "data passkey": (tiny_folder, folder / "keys.jsonl", "--length", 128),
         "dtype": ("0.1",),
         "embed words": (text, out),
         "embed search": (tiny_folder, text, "one"),

@@ -241,7 +241,9 @@ def _as_dict(done: "Completion") -> JsonObject:
         "finish_reason": done.finish_reason,
     }
     if done.details:
-        values["details"] = [asdict(each) for each in done.details]
+        values["details"] = [
+            asdict(each) | {"removed": sorted(each.removed)} for each in done.details
+        ]
     if done.score is not None:
         values["score"] = done.score
     return values

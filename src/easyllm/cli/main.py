@@ -74,8 +74,8 @@ COMMANDS: dict[str, dict[str, str]] = {
         "loses.",
     },
     "verify": {
-        "verify": "Check numerical equalities that must hold for a checkpoint; exit code 1 if "
-        "one fails.",
+        "verify": "Check numerical equalities that must hold for a checkpoint or recipe; exit code "
+        "1 if not.",
     },
     "probe": {
         "probe": "Look inside a model: what its layers contribute, predict and recall, and miss if "

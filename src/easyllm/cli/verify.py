@@ -2,7 +2,7 @@
 
 import math
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -71,7 +71,7 @@ def verify(
     plant: Plant = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Check numerical equalities that must hold for a checkpoint or recipe; exit code 1 if not.
+    r"""Check numerical equalities that must hold for a checkpoint or recipe; exit code 1 if not.
 
     [bold]Examples[/bold]
 
@@ -79,7 +79,7 @@ def verify(
 
         easyllm verify runs/sft/model --against transformers --json
 
-        easyllm verify --parallel sft-lora 'data.train=[rows.jsonl]'
+        easyllm verify --parallel sft-lora 'data.train=\[rows.jsonl]'
     """
     from easyllm.core.errors import ConfigError
 
@@ -129,7 +129,8 @@ def _verify_parallel(
     from easyllm.verify.parallel import verify_parallel
 
     config = load_train_recipe(find_recipe(recipe), overrides)
-    findings = verify_parallel(config, steps=steps, layers=layers, fault=fault)  # type: ignore[arg-type]
+    chosen: Any = fault
+    findings = verify_parallel(config, steps=steps, layers=layers, fault=chosen)
     if json_output:
         print_json([finding.as_dict() for finding in findings])
     else:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from easyllm.core.errors import ConfigError
+from easyllm.core.errors import ConfigError, install
 from easyllm.lab.lab import Bars, Figure, Grid, Lines
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def draw(figures: Sequence[Figure]) -> tuple[bytes, bytes]:
         import matplotlib
     except ImportError:
         raise ConfigError(
-            "labs draw their figures with matplotlib, which is not installed; "
-            "install it with: pip install 'easyllm-stack[lab]'"
+            f"labs draw their figures with matplotlib, which is not installed; {install('lab')}"
         ) from None
     from cycler import cycler
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from easyllm.core.atomic import check_output_free, write_atomic, write_json
 from easyllm.core.config import apply_overrides, validate
-from easyllm.core.errors import ConfigError, OutputError
+from easyllm.core.errors import ConfigError, OutputError, install
 from easyllm.core.json_types import JsonObject
 from easyllm.lab.figure import draw
 from easyllm.lab.lab import Lab, LabConfig, Language, Result
@@ -99,8 +99,7 @@ def check_installed(lab: Lab) -> None:
     module, extra = lab.module
     if find_spec(module) is None:
         raise ConfigError(
-            f"lab {lab.name} needs {module}, which is not installed; install it with: "
-            f"pip install 'easyllm-stack[{extra}]'"
+            f"lab {lab.name} needs {module}, which is not installed; {install(extra)}"
         )
 
 

@@ -205,6 +205,8 @@ def _values(scratch: ScratchConfig, *, vocab_size: int) -> JsonObject:
         parts = {**values.get("parts", {}), **scratch.changes, **own}
         return values | {"parts": {k: v for k, v in parts.items() if k != "eos_token_id"}}
     values |= scratch.changes | {"vocab_size": vocab_size}
+    if "padded_vocab_size" in values:
+        values["padded_vocab_size"] = vocab_size
     if "num_attention_heads" in values:  # MHA by default, not the KV heads of the family's default
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
     if length:

@@ -156,8 +156,9 @@ class _Reader:
         accumulation = found.get("gradient_accumulation_steps")
         batch = found.get(names[0])
         if batch is None:
-            known = micro is not None and accumulation is not None
-            batch = micro * accumulation * recipe.world if known else recipe.batch_size  # type: ignore[operator]
+            batch = recipe.batch_size
+            if micro is not None and accumulation is not None:
+                batch = micro * accumulation * recipe.world
         if micro is None and accumulation is not None:
             micro = max(1, batch // (accumulation * recipe.world))
         micro = micro or min(recipe.micro_batch, max(1, batch // recipe.world))

@@ -150,7 +150,8 @@ def shard_tensors(
     sharding = TensorSharding(group, sequence)
     for number, layer in enumerate(model.layers):
         prefix = f"layers.{number}."
-        _divide_attention(layer.mixer, f"{prefix}mixer.", sharding, adapter_axes)  # type: ignore[arg-type]
+        mixer: Any = layer.mixer
+        _divide_attention(mixer, f"{prefix}mixer.", sharding, adapter_axes)
         _divide_feed_forward(
             layer.feed_forward,  # type: ignore[arg-type]
             f"{prefix}feed_forward.",

@@ -176,10 +176,8 @@ def test_an_invalid_index_is_named(folder, content):
 def test_pickles_are_never_read(folder, name):
     (folder / WEIGHTS).unlink()
     (folder / name).write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
-    assert (
-        "contains no model.safetensors (it has pickle files, which are never read"
-        in unsupported_reason(folder)
-    )
+    reason = unsupported_reason(folder)
+    assert "contains no model.safetensors (it has pickle files; run easyllm convert" in reason
     assert not Path("owned").exists()
 
 
@@ -208,7 +206,7 @@ def test_a_configuration_of_another_size_names_a_few_tensors(folder):
     change_config(folder, num_hidden_layers=4)
     message = unsupported_reason(folder)
     assert "18 missing: model.layers.2." in message
-    assert "and 14 more" in message
+    assert "and 8 more" in message
 
 
 def test_redundant_buffers_are_ignored(folder, tiny_model):
@@ -251,10 +249,8 @@ def test_an_unknown_model_type_lists_the_known_ones_and_says_that_no_code_is_run
         load_model(folder)
     message = str(caught.value)
     assert f"model_type {model_type!r} is not known" in message
-    assert (
-        f"known types are {', '.join(sorted(FAMILIES))} "
-        "(code shipped with a checkpoint is never executed)" in message
-    )
+    assert "llama" in message.partition("known types are ")[2]
+    assert "(code shipped with a checkpoint is never executed" in message
     assert ("did you mean 'llama'?" in message) == (model_type in ("lama", ["llama"]))
 
 

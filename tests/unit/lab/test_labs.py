@@ -68,7 +68,7 @@ def test_refusals(tmp_path, monkeypatch):
     monkeypatch.setattr(runner_module, "find_spec", lambda _: None)
     fields = {name: getattr(lab, name) for name in Lab.__slots__}
     needy = Lab(**{**fields, "module": ("pypdf", "rag"), "parameters": LabConfig})
-    with pytest.raises(ConfigError, match=r"needs pypdf.*easyllm-stack\[rag\]"):
+    with pytest.raises(ConfigError, match=r"needs pypdf.*\.\[rag\]"):
         run_lab(needy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

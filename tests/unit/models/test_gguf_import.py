@@ -69,7 +69,7 @@ def test_metadata_is_converted_to_a_config():
     [
         (
             {"general.architecture": "mamba"},
-            "'mamba' is not known.*; known architectures are gemma, .*llama",
+            "'mamba' is not known.*; known architectures are baichuan, .*llama",
         ),
         ({"general.architecture": None}, "None is not known"),
         ({"general.type": "adapter"}, "of type 'adapter', expected 'model'"),

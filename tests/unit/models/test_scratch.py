@@ -223,7 +223,10 @@ def test_exactly_one_kind_of_size_is_required():
 
 
 FEED_FORWARD = {"kind": "mlp", "intermediate_size": 96}
-KINDS = "'rope', 'rerope', 'streaming_rope', 'alibi', 't5_bias', 'shaw', 'none'"
+KINDS = (
+    "'rope', 'block_rope', 'rerope', 'streaming_rope', 'alibi', 't5_bias', 'shaw', "
+    "'transformer_xl', 'deberta', 'none'"
+)
 
 
 def faulty(mixer=None, feed_forward=None, **others):
@@ -266,7 +269,7 @@ def faulty(mixer=None, feed_forward=None, **others):
         (
             faulty(norm="layer_norm"),
             "norm='layer_norm': expected a mapping with one of the kinds 'rms_norm', "
-            "'layer_norm'; write {kind: layer_norm} (norm.kind=layer_norm)",
+            "'partial_rms_norm', 'layer_norm'; write {kind: layer_norm} (norm.kind=layer_norm)",
         ),
         (faulty(hiden_size=48), "unknown key 'hiden_size' (did you mean 'hidden_size'?)"),
     ],

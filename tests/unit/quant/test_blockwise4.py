@@ -72,7 +72,7 @@ def test_zeros_have_the_code_of_zero_and_no_scale(codebook, byte):
 
 
 def test_ties_go_to_the_smaller_value():
-    values, _ = blockwise4._rounding("nf4", torch.device("cpu"))
+    values, _ = blockwise4.rounding("nf4", torch.device("cpu"))
     row = torch.cat([values, torch.ones(49)])[None]
     found = quantize_blockwise4(row, "nf4", nested=False)
     codes = torch.stack([found.codes >> 4, found.codes & 15], dim=1).view(-1)

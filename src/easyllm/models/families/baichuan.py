@@ -49,13 +49,14 @@ def read_config(hf: HFConfig) -> ModelConfig:
     hf = with_defaults(hf, _DEFAULTS)
     refuse(hf, {"hidden_act": "silu", "rope_theta": 10000.0, "rope_scaling": None})
     position = Rope() if rotary else Alibi()
+    length = hf.get("model_max_length", 4096)
     mixer = read_attention(hf, position=position)
     second = hf.get("norm_head", require(hf, "vocab_size") == _VOCAB_2 or "z_loss_weight" in hf)
     return read_model(
         hf,
         family="baichuan",
         layer=lambda _: (mixer, read_glu(hf)),
-        max_seq_len=hf.get("max_position_embeddings") or hf.get("model_max_length", 4096),
+        max_seq_len=hf.get("max_position_embeddings") or length,
         normalise_head=bool(second),
     )
 

@@ -61,9 +61,10 @@ def read_config(hf: HFConfig) -> ModelConfig:
     layer = LayerConfig(
         mixer=mixer, feed_forward=GLUConfig(intermediate_size=require(hf, "ffn_hidden_size"))
     )
+    unpadded = hf.get("vocab_size")
     return ModelConfig(
         family="chatglm2",
-        vocab_size=hf.get("padded_vocab_size") or require(hf, "vocab_size"),
+        vocab_size=hf.get("padded_vocab_size") or unpadded or require(hf, "padded_vocab_size"),
         hidden_size=require(hf, "hidden_size"),
         max_seq_len=hf["seq_length"],
         layers=(layer,) * num_layers(hf, "num_layers"),
