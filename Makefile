@@ -16,6 +16,7 @@ help:
 	@echo "make test       [ARGS='-k name']   run the tests, on every core (ARGS='-n 0': in one process)"
 	@echo "make check                         check formatting, lint, types, wording, generated docs and spelling"
 	@echo "make docs                          write docs/cli.md and docs/recipes.md"
+	@echo "make labs       [NAME=lora]        run the labs whole, and write their figures and numbers into docs/map"
 	@echo "make bench      [TOPIC=train]      run a benchmark and print its result as a JSON row"
 	@echo "make interop    [NAME=peft]        compare with other software, each in a separate environment"
 	@echo "make findings   [NAME=...]         check whether the documented bugs of other software remain"
