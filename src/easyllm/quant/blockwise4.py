@@ -51,11 +51,26 @@ def quantize_blockwise4(weight: Tensor, codebook: str, *, nested: bool) -> Block
     parts = [_quantize(part.float(), codebook) for part in weight.reshape(-1).split(PIECE)]
     codes = torch.cat([part for part, _ in parts])
     scales = torch.cat([part for _, part in parts])
+    return with_scales(codes, scales, codebook, nested=nested, shape=(outputs, inputs))
+
+
+def with_scales(
+    codes: Tensor, scales: Tensor, codebook: str, *, nested: bool, shape: tuple[int, int]
+) -> Blockwise4:
+    """Returns a weight of packed codes [⌈N K / 2⌉] and scales [B], which are stored as in a file.
+
+    Args:
+        codes: two in a byte.
+        scales: fp32.
+        codebook: `nf4` or `fp4`.
+        nested: whether the scales are quantized too.
+        shape: (N, K).
+    """
     if not nested:
-        return Blockwise4(codes, scales, None, None, codebook, outputs, inputs)
+        return Blockwise4(codes, scales, None, None, codebook, *shape)
     offset = scales.mean()
-    absmax, nested_absmax = quantize_scales(scales - offset)
-    return Blockwise4(codes, absmax, nested_absmax, offset, codebook, outputs, inputs)
+    absmax, nested_absmax = _quantize_scales(scales - offset)
+    return Blockwise4(codes, absmax, nested_absmax, offset, codebook, *shape)
 
 
 def _quantize(flat: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -88,7 +103,7 @@ def rounding(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         return (ordered[:-1] + ordered[1:]) / 2, order.to(torch.uint8)
 
 
-def quantize_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
     """Quantizes scales less their mean, [B] fp32, to 8-bit codes [B] and scales [⌈B / 256⌉]."""
     blocks = F.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested = blocks.abs().amax(1)
@@ -136,4 +151,4 @@ for _codebook in ("nf4", "fp4"):
     _register(_codebook, _codebook, nested=True)
     _register(f"{_codebook}-single", _codebook, nested=False)
 
-__all__ = ["quantize_blockwise4", "quantize_scales", "rounding"]
+__all__ = ["quantize_blockwise4", "rounding", "with_scales"]

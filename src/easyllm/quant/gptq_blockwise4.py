@@ -7,7 +7,7 @@ outputs least; with double quantization, it is rounded before the codes are chos
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cache
 
 import torch
@@ -20,10 +20,10 @@ from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.linear import Linear
 from easyllm.nn.storage import WeightStorage
 from easyllm.ops.blockwise4 import BLOCK, Blockwise4, codebook, dequantize
-from easyllm.quant.blockwise4 import SMALLEST, quantize_blockwise4, quantize_scales, rounding
+from easyllm.quant.blockwise4 import SMALLEST, quantize_blockwise4, rounding, with_scales
 from easyllm.quant.calibrate import LayerWalk
 from easyllm.quant.column_correction import checked_hessian, inverse_factor, round_columns
-from easyllm.quant.grid_search import diagonal_blocks
+from easyllm.quant.grid_search import best_ratio, diagonal_blocks
 from easyllm.quant.layer_files import FinishedLayer, LayerFiles
 from easyllm.quant.layers import LinearReport, Report, linear_report
 from easyllm.quant.registry import find_scheme
@@ -58,7 +58,8 @@ def gptq_blockwise4(
     weight = weight.detach().float()
     hessian, order = checked_hessian(gram)
     scales = _best_scales(weight.unflatten(1, (-1, BLOCK)), hessian.float(), codebook).view(-1)
-    found = _with_scales(scales, codebook, nested=nested, shape=(outputs, inputs))
+    nothing = scales.new_empty(0, dtype=torch.uint8)
+    found = with_scales(nothing, scales, codebook, nested=nested, shape=(outputs, inputs))
     # a file's scales may be zero, of a block of zeros
     effective = found.scales().view(outputs, -1).T.contiguous()
     positive = torch.where(effective > 0, effective, torch.ones_like(effective))
@@ -74,10 +75,7 @@ def gptq_blockwise4(
     codes = torch.empty(outputs, inputs, dtype=torch.uint8, device=weight.device)
     codes[:, order] = rounded.T.to(torch.uint8)
     flat = codes.view(-1)
-    packed = (flat[::2] << 4) | flat[1::2]
-    return Blockwise4(
-        packed, found.absmax, found.nested_absmax, found.nested_offset, codebook, outputs, inputs
-    )
+    return replace(found, codes=(flat[::2] << 4) | flat[1::2])
 
 
 def check_width(name: str, inputs: int, scheme: str) -> None:
@@ -101,18 +99,6 @@ def _ordered(name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         return bounds, order.float(), codebook(name, device)[order.long()]
 
 
-def _with_scales(
-    scales: Tensor, codebook: str, *, nested: bool, shape: tuple[int, int]
-) -> Blockwise4:
-    """Returns a weight without codes of these scales [B], as the file holds them."""
-    nothing = scales.new_empty(0, dtype=torch.uint8)
-    if not nested:
-        return Blockwise4(nothing, scales, None, None, codebook, *shape)
-    offset = scales.mean()
-    absmax, nested_absmax = quantize_scales(scales - offset)
-    return Blockwise4(nothing, absmax, nested_absmax, offset, codebook, *shape)
-
-
 def _best_scales(groups: Tensor, hessian: Tensor, name: str) -> Tensor:
     """Returns the scales [N, G] with the smallest Σ ‖(W' − W) x‖², each for its block alone.
 
@@ -126,16 +112,12 @@ def _best_scales(groups: Tensor, hessian: Tensor, name: str) -> Tensor:
     found = []
     for part in groups.split(ROWS):
         most = part.abs().amax(-1)
-        best, smallest = most.clone(), torch.full_like(most, torch.inf)
-        for ratio in RATIOS:
-            scales = (most * ratio).clamp(min=SMALLEST)
-            nearest = values[torch.bucketize(part / scales[..., None], bounds)]
-            difference = (nearest * scales[..., None] - part).transpose(0, 1)  # [G, n, 64]
-            errors = ((difference @ blocks) * difference).sum(-1).T
-            better = errors < smallest
-            smallest = torch.where(better, errors, smallest)
-            best = torch.where(better, most * ratio, best)
-        found.append(best)
+
+        def nearest(ratio: float, part: Tensor = part, most: Tensor = most) -> Tensor:
+            scales = (most * ratio).clamp(min=SMALLEST)[..., None]
+            return values[torch.bucketize(part / scales, bounds)] * scales
+
+        found.append(most * best_ratio(part, blocks, nearest, RATIOS))
     return torch.cat(found)
 
 

@@ -5,6 +5,8 @@ clips this weight often changes the outputs less. A group's part of the outputs 
 inputs alone, so the change is e H e, with the group's errors e and its block of H = Σ x xᵀ.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,16 +41,34 @@ def best_grid(weight: Tensor, blocks: Tensor, spec: QuantSpec) -> Grid:
 def _best_range(weight: Tensor, blocks: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Returns the ends [n, G] of the ranges with the smallest errors, for `weight: [n, G, g]`."""
     least, most = weight.aminmax(dim=-1)
-    found = torch.ones_like(least)
-    smallest = torch.full_like(least, torch.inf)
-    for ratio in RATIOS:
-        grid = grid_between(least * ratio, most * ratio, spec)
-        difference = (grid.nearest(weight) - weight).transpose(0, 1)  # [G, n, g]
+
+    def nearest(ratio: float) -> Tensor:
+        return grid_between(least * ratio, most * ratio, spec).nearest(weight)
+
+    found = best_ratio(weight, blocks, nearest, RATIOS)
+    return least * found, most * found
+
+
+def best_ratio(
+    weight: Tensor, blocks: Tensor, nearest: Callable[[float], Tensor], ratios: Sequence[float]
+) -> Tensor:
+    """Returns for each group the ratio [n, G] with the smallest Σ ‖(W' − W) x‖²; 1 if none has one.
+
+    Args:
+        weight: [n, G, g] fp32, groups of weights.
+        blocks: [G, g, g] fp32, the groups' diagonal blocks of Σ x xᵀ.
+        nearest: ratio → W', the nearest values [n, G, g] on the grid of this size.
+        ratios: those that are tried; of equal ones the first counts.
+    """
+    found = torch.ones_like(weight[..., 0])
+    smallest = torch.full_like(found, torch.inf)
+    for ratio in ratios:
+        difference = (nearest(ratio) - weight).transpose(0, 1)  # [G, n, g]
         errors = ((difference @ blocks) * difference).sum(-1).T
         better = errors < smallest
         smallest = torch.where(better, errors, smallest)
         found = found.masked_fill(better, ratio)
-    return least * found, most * found
+    return found
 
 
-__all__ = ["best_grid", "diagonal_blocks"]
+__all__ = ["best_grid", "best_ratio", "diagonal_blocks"]
