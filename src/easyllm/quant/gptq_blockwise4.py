@@ -7,7 +7,7 @@ outputs least; with double quantization, it is rounded before the codes are chos
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import cache
 
 import torch
@@ -24,8 +24,8 @@ from easyllm.quant.blockwise4 import SMALLEST, quantize_blockwise4, rounding, wi
 from easyllm.quant.calibrate import LayerWalk
 from easyllm.quant.column_correction import checked_hessian, inverse_factor, round_columns
 from easyllm.quant.grid_search import best_ratio, diagonal_blocks
-from easyllm.quant.layer_files import FinishedLayer, LayerFiles
-from easyllm.quant.layers import LinearReport, Report, linear_report
+from easyllm.quant.layer_files import FinishedLayer, LayerFiles, finished_layer
+from easyllm.quant.layers import Report, has_reports, linear_report, run_layers
 from easyllm.quant.registry import find_scheme
 
 RATIOS = tuple(1.05 - i / 20 for i in range(10))
@@ -141,23 +141,23 @@ def quantize_layers(
         files: where finished layers are kept; those that are there are not quantized again.
         done: called with the number of each finished layer.
     """
-    report, walk = Report(), LayerWalk(model, sequences)
-    for number, layer in enumerate(model.layers):
-        assert isinstance(layer, DecoderLayer)
+    walk = LayerWalk(model, sequences)
+
+    def quantize(number: int, layer: DecoderLayer) -> FinishedLayer:
         prefix = f"layers.{number}."
         own = {n.removeprefix(prefix): m for n, m in chosen.items() if n.startswith(prefix)}
-        finished = None if files is None else files.load(number, {})
-        if finished is None or not _suits(finished, own, scheme):
-            finished = _finished(layer, prefix, own, walk, scheme)
-            if files is not None:
-                files.save(number, finished)
+        finished = finished_layer(
+            files,
+            number,
+            specs={},
+            suits=lambda found: _suits(found, own, scheme),
+            make=lambda: _finished(layer, prefix, own, walk, scheme),
+        )
         for name, linear in own.items():
             linear.store(_storage(finished, name, linear, scheme))
-        report.linears += [LinearReport(**figures) for figures in finished.reports]
-        if number + 1 < len(model.layers):
-            walk.advance(layer)
-        done(number)
-    return report
+        return finished
+
+    return run_layers(model, walk, quantize, done)
 
 
 def _finished(
@@ -185,12 +185,11 @@ def _suits(finished: FinishedLayer, own: Mapping[str, Linear], scheme: str) -> b
     parts = ("codes", "absmax") if scheme.endswith(SINGLE) else NESTED_PARTS
     if finished.full.keys() != {f"{name}.{part}" for name in own for part in parts}:
         return False
-    names = {each.name for each in fields(LinearReport)}
-    return all(
+    return has_reports(finished) and all(
         2 * finished.full[f"{name}.codes"].numel() == linear.weight.numel()
         and BLOCK * finished.full[f"{name}.absmax"].numel() == linear.weight.numel()
         for name, linear in own.items()
-    ) and all(report.keys() == names for report in finished.reports)
+    )
 
 
 def _storage(finished: FinishedLayer, name: str, linear: Linear, scheme: str) -> WeightStorage:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,4 +100,30 @@ class LayerFiles:
         return self.folder / f"layer-{number:04}.safetensors"
 
 
-__all__ = ["FinishedLayer", "LayerFiles"]
+def finished_layer(
+    files: LayerFiles | None,
+    number: int,
+    *,
+    specs: Mapping[str, QuantSpec],
+    suits: Callable[[FinishedLayer], bool],
+    make: Callable[[], FinishedLayer],
+) -> FinishedLayer:
+    """Returns a layer that was finished before, or makes it and keeps it.
+
+    Args:
+        files: where finished layers are kept; None keeps none.
+        number: number of the layer.
+        specs: the grid of each quantized linear.
+        suits: whether a layer from a file is that of this model.
+        make: quantizes the layer.
+    """
+    found = None if files is None else files.load(number, specs)
+    if found is not None and suits(found):
+        return found
+    made = make()
+    if files is not None:
+        files.save(number, made)
+    return made
+
+
+__all__ = ["FinishedLayer", "LayerFiles", "finished_layer"]

@@ -18,7 +18,7 @@ from easyllm.nn.linear import Linear
 from easyllm.nn.moe import ROUTERS
 from easyllm.nn.storage import WeightStorage
 from easyllm.quant.calibrate import LayerWalk
-from easyllm.quant.layer_files import FinishedLayer, LayerFiles
+from easyllm.quant.layer_files import FinishedLayer, LayerFiles, finished_layer
 from easyllm.quant.methods import Method
 from easyllm.quant.quant_tensor import QuantTensor
 from easyllm.quant.scaling import scale_groups
@@ -99,26 +99,24 @@ class LayerQuantizer:
                 the width of a linear.
         """
         self.check(model)
-        report = Report()
         walk = None if self.method.needs == "nothing" else LayerWalk(model, sequences)
-        for number, layer in enumerate(model.layers):
-            assert isinstance(layer, DecoderLayer)
+
+        def quantize(number: int, layer: DecoderLayer) -> FinishedLayer:
             prefix = f"layers.{number}."
             chosen = {name: (linear, spec) for name, linear, spec in self._chosen(layer, prefix)}
-            specs = {name: spec for name, (_, spec) in chosen.items()}
-            finished = None if files is None else files.load(number, specs)
-            if finished is None or not _suits(finished, layer, chosen):
-                finished = self._finished(layer, prefix, chosen, walk)
-                if files is not None:
-                    files.save(number, finished)
+            finished = finished_layer(
+                files,
+                number,
+                specs={name: spec for name, (_, spec) in chosen.items()},
+                suits=lambda found: _suits(found, layer, chosen),
+                make=lambda: self._finished(layer, prefix, chosen, walk),
+            )
             layer.load_state_dict(dict(finished.full), strict=False)
             for name, weight in finished.weights.items():
                 chosen[name][0].store(self.store(prefix + name, weight))
-            report.linears += [LinearReport(**figures) for figures in finished.reports]
-            if walk is not None and number + 1 < len(model.layers):
-                walk.advance(layer)
-            done(number)
-        return report
+            return finished
+
+        return run_layers(model, walk, quantize, done)
 
     def check(self, model: Decoder) -> None:
         """Checks that every linear can be quantized to its grid, before any work.
@@ -194,6 +192,37 @@ class LayerQuantizer:
         return found
 
 
+def run_layers(
+    model: Decoder,
+    walk: LayerWalk | None,
+    quantize: Callable[[int, DecoderLayer], FinishedLayer],
+    done: Callable[[int], object],
+) -> Report:
+    """Quantizes the layers of a model from the first to the last, and returns what it did.
+
+    Args:
+        model: the model.
+        walk: the calibration text, which advances through each quantized layer; None without.
+        quantize: (number, layer) → the layer's parts, which it has put into the layer.
+        done: called with the number of each finished layer.
+    """
+    report = Report()
+    for number, layer in enumerate(model.layers):
+        assert isinstance(layer, DecoderLayer)
+        finished = quantize(number, layer)
+        report.linears += [LinearReport(**figures) for figures in finished.reports]
+        if walk is not None and number + 1 < len(model.layers):
+            walk.advance(layer)
+        done(number)
+    return report
+
+
+def has_reports(finished: FinishedLayer) -> bool:
+    """Returns whether the figures of a layer from a file are those of a `LinearReport`."""
+    names = {each.name for each in fields(LinearReport)}
+    return all(report.keys() == names for report in finished.reports)
+
+
 def _suits(
     finished: FinishedLayer, layer: DecoderLayer, chosen: Mapping[str, tuple[Linear, QuantSpec]]
 ) -> bool:
@@ -202,14 +231,13 @@ def _suits(
     full = finished.full
     if full.keys() != own.keys() - {f"{name}.weight" for name in chosen}:
         return False
-    names = {each.name for each in fields(LinearReport)}
     return (
         all(full[name].shape == own[name].shape for name in full)
         and all(
             finished.weights[n].shape == linear.storage.shape for n, (linear, _) in chosen.items()
         )
         and all(all_finite(its.scales) for its in finished.weights.values())
-        and all(report.keys() == names for report in finished.reports)
+        and has_reports(finished)
     )
 
 
@@ -238,4 +266,11 @@ def linear_report(
     )
 
 
-__all__ = ["LayerQuantizer", "LinearReport", "Report", "linear_report"]
+__all__ = [
+    "LayerQuantizer",
+    "LinearReport",
+    "Report",
+    "has_reports",
+    "linear_report",
+    "run_layers",
+]
