@@ -118,6 +118,9 @@ def test_bits_negative_numbers_and_infinity_are_accepted():
     table = easyllm("dtype", "70000", "--as", "fp16")
     assert "overflow: larger than" in table.stdout
     assert easyllm("dtype", "inf", "--as", "fp16").returncode == 0
+    beyond = answered("dtype", "1e400", "--as", "fp32,fp8e4m3")  # no fp64 is near it
+    assert (beyond["fp32"]["status"], beyond["fp8e4m3"]["value"]) == ("overflow", 448.0)
+    assert easyllm("dtype", "-1e400", "--as", "int8").returncode == 0
 
 
 def test_casting_a_checkpoint_is_reported(tiny_folder):
@@ -133,6 +136,11 @@ DTYPE_WRONG = {
     "bits without a format": (("0x3DCD",), "--from"),
     "too many bits": (("0x3DCDF", "--from", "bf16"), "more than the 16 bits"),
     "infinity as an integer": (("inf", "--as", "int8"), "cannot hold"),
+    "an infinite scale": (
+        ("2.7", "--as", "int8", "--absmax", "inf"),
+        "give a finite number above 0",
+    ),
+    "a scale of zero": (("2.7", "--as", "int8", "--absmax", "0"), "give a finite number above 0"),
     "a model that is none": (("smolm2",), "did you mean 'smollm2'"),
     "a model as integers": (("smollm2", "--as", "int8"), "quantize"),
 }

@@ -81,6 +81,8 @@ def dtype(
     wanted = {name: find_format(name) for name in names}
     if rounding not in ("nearest", "truncate"):
         raise ConfigError(f"--rounding {rounding!r} is not known; use nearest or truncate")
+    if absmax is not None and not 0 < absmax < math.inf:
+        raise ConfigError(f"--absmax {absmax:g} cannot be scaled to; give a finite number above 0")
     number = _number(value, source)
     if number is None:
         if source is not None or absmax is not None or rounding != "nearest":
@@ -162,6 +164,8 @@ def _limits(format: "Format", scale: Fraction | None) -> "JsonObject":
 
 
 def _show(text: str, number: Fraction | float, found: "dict[str, JsonObject]") -> None:
+    from easyllm.ops.number_formats import nearest_float
+
     rows = []
     for name, each in found.items():
         cut = each["truncated"]
@@ -170,23 +174,20 @@ def _show(text: str, number: Fraction | float, found: "dict[str, JsonObject]") -
                 name,
                 " ".join(each["fields"]),
                 each["hex"],
-                _exact(each["value"]),
+                repr(each["value"]),
                 f"{each['error']:.4g}",
                 each["status"],
-                f"{cut['hex']} {_exact(cut['value'])}",
+                f"{cut['hex']} {cut['value']!r}",
             )
         )
-    exact = "" if isinstance(number, float) else f" = {_exact(float(number))}"
+    nearest = repr(nearest_float(number)) if isinstance(number, Fraction) else text
     columns = ("format", "sign exponent mantissa", "hex", "value", "error", "", "truncated")
-    print_table(f"{text}{exact if exact != f' = {text}' else ''}", columns, rows)
+    title = text if nearest in (text, "inf", "-inf") else f"{text} = {nearest}"
+    print_table(title, columns, rows)
     if any(each["status"] == "overflow" for each in found.values()):
         sys.stdout.write("overflow: larger than the format's largest number\n")
     if any(each["status"] == "underflow" for each in found.values()):
         sys.stdout.write("underflow: less than half of the smallest number, stored as 0\n")
-
-
-def _exact(value: float) -> str:
-    return repr(value)
 
 
 def _cast(source: str, formats: "dict[str, Format]", *, json_output: bool) -> None:

@@ -270,7 +270,7 @@ def encode(
         status = "subnormal"
     pattern |= negative << (format.bits - 1)
     value = format.value(pattern)
-    error = float(Fraction(value) - exact) if math.isfinite(value) else math.nan
+    error = nearest_float(Fraction(value) - exact) if math.isfinite(value) else math.nan
     return Encoded(format=format, pattern=pattern, value=value, error=error, status=status)
 
 
@@ -288,9 +288,17 @@ def _encode_int(exact: Fraction, format: IntFormat, rounding: Rounding, scale: F
         format=format,
         pattern=kept % 2**format.bits,
         value=float(kept * scale),
-        error=float(kept * scale - exact),
+        error=nearest_float(kept * scale - exact),
         status=status,
     )
+
+
+def nearest_float(value: Fraction) -> float:
+    """Returns the nearest float; infinity beyond the largest, where `float` raises."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _not_finite(number: float, format: Format) -> Encoded:
@@ -373,4 +381,5 @@ __all__ = [
     "encode",
     "encode_array",
     "find_format",
+    "nearest_float",
 ]
