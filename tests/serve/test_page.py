@@ -6,7 +6,7 @@ import re
 import httpx
 import pytest
 
-from chat_page import DONE, HEAD, LONG, SHORT, STATE, ask, ready, send, shown
+from chat_page import DONE, HEAD, LONG, SHORT, STATE, ask, ready, send, shown, wait_for_texts
 
 pytestmark = pytest.mark.browser
 
@@ -67,13 +67,14 @@ def test_regenerating_and_editing_add_versions_that_can_be_switched(open_page, p
     with open_page(settings={"values": {"max_tokens": 8, "ignore_eos": True}}) as page:
         ready(page)
         ask(page)
+        page.wait_for("document.querySelector('.assistant .text').innerText")  # it is laid out
         first = page.text(".assistant .text")
         page.click(".assistant .regenerate")
         page.wait_for("document.querySelector('.assistant .place')?.innerText === '2/2'")
         page.wait_for(f"document.querySelector('{DONE}')")
         page.click(".assistant .previous")
         page.wait_for("document.querySelector('.assistant .place')?.innerText === '1/2'")
-        assert page.text(".assistant .text") == first
+        wait_for_texts(page, ".assistant .text", [first])
         page.click(".user .edit")
         page.type(".user .editing textarea", "something else")
         page.press("Enter")
@@ -82,7 +83,7 @@ def test_regenerating_and_editing_add_versions_that_can_be_switched(open_page, p
         assert page.text(".user .text") == "something else"
         page.click(".user .previous")
         page.wait_for("document.querySelector('.user .text').innerText === 'hello'")
-        assert page.text(".assistant .text") == first  # with all that followed
+        wait_for_texts(page, ".assistant .text", [first])  # with all that followed
         healthy(page, page_address)
 
 

@@ -4,7 +4,9 @@ This module does not import Ray; `run` makes a deployment of `Replica`.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +20,7 @@ from easyllm.serve.limits import ServeLimits
 from easyllm.serve.models import Loader
 from easyllm.serve.responses.store import NoStore
 
+logger = logging.getLogger(__name__)
 REPORT_S = 0.5
 """Seconds between two reports of a replica's numbers."""
 Report = Callable[[str, JsonObject], Awaitable[None]]
@@ -134,11 +137,18 @@ class Replica:
     def _begin(self) -> None:
         """Starts what runs along with the requests; not before there is an event loop."""
         if not self._tasks:
-            self._tasks.append(asyncio.create_task(self._report_numbers()))
+            # in a context of its own: what Ray keeps in the context of the first request, such as
+            # the calls that end with it, does not concern the reports
+            task = asyncio.create_task(self._report_numbers(), context=Context())
+            self._tasks.append(task)
 
     async def _report_numbers(self) -> None:
+        """Sends a report twice a second; one that fails is logged, and the next one is sent."""
         state = self._app.state
         while True:
-            view = await engine_view(state.models, state.metrics)
-            await self._report(state.metrics.render(), view)
+            try:
+                view = await engine_view(state.models, state.metrics)
+                await self._report(state.metrics.render(), view)
+            except Exception:
+                logger.exception("a report of this replica's numbers could not be sent")
             await asyncio.sleep(REPORT_S)
