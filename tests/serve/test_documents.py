@@ -3,6 +3,7 @@
 import httpx
 import pytest
 
+from chat_page import DONE, SHORT, ready, send, wait_for_texts
 from easyllm.embed.embedder import embedder_of
 from easyllm.engine import LLM
 from easyllm.retrieval.ask_config import AskConfig
@@ -101,3 +102,25 @@ def test_a_server_without_an_index_has_none_of_its_routes(llm):
     with running({"m": llm}) as address:
         assert httpx.post(f"{address}/v1/rag/ask", json={"question": "x"}).status_code == 404
         assert httpx.get(f"{address}/v1/rag/documents").status_code == 404
+
+
+@pytest.mark.browser
+def test_the_page_shows_the_documents_and_the_passages_of_a_question(browser, address, prompts):
+    with browser.page(f"{address}/?lang=en", settings=SHORT) as page:
+        send(page, "When did the tea house open?", "m")
+        page.wait_for(f"document.querySelector('{DONE}')")
+        page.wait_for("!document.querySelector('#documents-button').hidden")
+        page.click("#documents-button")
+        wait_for_texts(page, "#documents-list .name", ["a.txt"])
+        wait_for_texts(page, ".passage p:not(.hint)", [TEXT])
+        page.click("#documents-panel .close")
+        assert page.evaluate("document.querySelector('#documents-panel').hidden")
+        assert page.errors == []
+
+
+@pytest.mark.browser
+def test_the_page_of_a_server_without_an_index_has_no_documents(browser, llm):
+    with running({"m": llm}) as address, browser.page(f"{address}/?lang=en") as page:
+        ready(page, "m")
+        page.wait_for("document.querySelector('#place').innerText")
+        assert page.evaluate("document.querySelector('#documents-button').hidden")

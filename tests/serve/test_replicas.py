@@ -126,7 +126,7 @@ def test_the_front_answers_as_one_server_does(front, llm, tmp_path):
         for path in ("/no/route", "/health", "/", "/assets/js/main.js"):
             one, two = both("GET", path)
             assert (one.status_code, one.text) == (two.status_code, two.text)
-    assert httpx.get(f"{address}/easyllm/page").json() == {"history": True}
+    assert httpx.get(f"{address}/easyllm/page").json() == {"history": True, "documents": False}
     (engine,) = httpx.get(f"{address}/easyllm/engine").json()["engines"]
     assert engine["name"] == "m · replica 1"
     assert 'replica="r1",model="m"' in httpx.get(f"{address}/metrics").text
@@ -251,7 +251,7 @@ async def many(address, body, count):
         return await asyncio.gather(*(one() for _ in range(count)))
 
 
-def _until(read, holds, seconds=60):
+def _until(read, holds, seconds=300):
     deadline = time.monotonic() + seconds
     while not holds(found := read()):
         assert time.monotonic() < deadline, found

@@ -92,7 +92,9 @@ def create_app(
     posts = POSTS if documents is None else POSTS | RAG_POSTS
     endpoints = [
         *page_endpoints(),
-        *own_endpoints(partial(engine_view, served, metrics), history),
+        *own_endpoints(
+            partial(engine_view, served, metrics), history, documents=documents is not None
+        ),
         *_status_routes(metrics, with_key=with_key),
         *_model_routes(served, watched or {}, with_key=with_key),
         *(_post(call, path, *how, with_key=with_key) for path, how in posts.items()),

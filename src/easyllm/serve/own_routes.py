@@ -27,17 +27,21 @@ class StoredConversation(Strict):
 
 
 def own_endpoints(
-    engines: Callable[[], Awaitable[JsonObject]], history: History | None
+    engines: Callable[[], Awaitable[JsonObject]],
+    history: History | None,
+    *,
+    documents: bool = False,
 ) -> list[Endpoint]:
     """Returns the routes of the engine view, and those of the history if there is one.
 
     Args:
         engines: returns the engine view.
         history: the stored conversations.
+        documents: whether answers come from an index, which the page then shows.
     """
 
     async def page() -> JSONResponse:
-        return JSONResponse({"history": history is not None})
+        return JSONResponse({"history": history is not None, "documents": documents})
 
     async def engine() -> JSONResponse:
         return JSONResponse(await engines())

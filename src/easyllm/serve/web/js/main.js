@@ -14,7 +14,7 @@ import { setUpSidebar, showList, showPlace } from "./sidebar.js";
 import { changed, onSaveFailed, state, useServerHistory } from "./state.js";
 import { watchScrolling } from "./thread.js";
 
-const PANELS = ["settings", "engine"];
+const PANELS = ["settings", "engine", "documents"];
 
 /** Opens one of the panels at the side, or closes it. */
 function toggle(name, open = byId(name + "-panel").hidden) {
@@ -26,6 +26,9 @@ function toggle(name, open = byId(name + "-panel").hidden) {
   document.body.classList.toggle("panel-open", open);
   if (open && name === "engine") startEngineView();
   else stopEngineView();
+  // loaded only by those who have documents
+  if (open && name === "documents")
+    void import("./documents.js").then(({ openDocuments }) => openDocuments());
   if (open)
     byId(name + "-panel")
       .querySelector("button, input, textarea")
@@ -129,6 +132,7 @@ async function connect() {
   if (!state.models.length) return;
   const found = await getJSON("/easyllm/page").catch(() => null);
   if (found?.history) useServerHistory();
+  byId("documents-button").hidden = !found?.documents;
   showPlace();
   await showList();
 }
