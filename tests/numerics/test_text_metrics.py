@@ -37,7 +37,7 @@ ENGLISH = [
     "U.S.",
     "it",
 ]
-CHINESE = [*"今天北京的天气很好，我们去公园看花。他说：第二名！是吗？", "GPT", "2024"]
+CHINESE = [*"今天北京的天气很好，我们去公园看花。他说：第二名！是吗？；", "GPT", "2024"]
 
 
 def pairs(words, joint, count=24, seed=3):
@@ -106,7 +106,7 @@ def test_chinese_rouge_equals_that_of_spaced_and_renamed_characters():
     scorer = RougeScorer(list(ROUGE))
 
     def renamed(text, lines):
-        ends = "。！？" if lines else ""
+        ends = "。！？；!?" if lines else ""
         text = "".join(f"{c}\n" if c in ends else c for c in text)
         return "".join(f" u{ord(c):x} " if "\u4e00" <= c <= "\u9fff" else c for c in text)
 
