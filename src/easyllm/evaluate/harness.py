@@ -235,14 +235,26 @@ def _client(url: str) -> dict[str, Any]:
     base = url.rstrip("/").removesuffix("/v1")
     model = _first_model(base)
     os.environ.setdefault("OPENAI_API_KEY", "none")  # the client asks for one
-    arguments = {
+    arguments: dict[str, Any] = {
         "model": model,
         "base_url": f"{base}/v1/completions",
         "tokenizer_backend": "remote",
         "num_concurrent": 8,
         "batch_size": 8,
     }
+    # lm-eval 0.4.13 takes a BOS token with id 0 for none (findings/lm_eval_bos_zero.sh)
+    bos = _bos_id(base)
+    if bos is not None:
+        arguments["custom_prefix_token_id"] = bos
     return {"model": "local-completions", "model_args": arguments}
+
+
+def _bos_id(base: str) -> int | None:
+    """Returns the id of the server's BOS token, as lm-eval's client asks for it."""
+    from lm_eval.utils import RemoteTokenizer
+
+    found: int | None = RemoteTokenizer(base, auth_token=os.environ["OPENAI_API_KEY"]).bos_token_id
+    return found
 
 
 def _first_model(base: str) -> str:
