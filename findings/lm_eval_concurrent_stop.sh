@@ -10,8 +10,8 @@
 #   num_concurrent=1: stop ["\n", "</s>"]; num_concurrent=2: stop ["\n"]
 #
 # What to do: name EOS in the task's `until`. `easyllm eval --task lm-eval:...` in process stops at the model's own
-# end-of-sequence tokens whatever the batch; a server of this project ends there as well,
-# without being told (docs/evaluation.md).
+# end-of-sequence tokens whatever the batch; a server of this project ends there as well, without being told
+# (docs/evaluation.md).
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
