@@ -208,7 +208,7 @@ def test_search_in_blocks_is_exact(tmp_path, monkeypatch):
 
 def test_fusion_adds_reciprocal_ranks():
     assert dict(fuse([["a", "b"], ["b", "c"]])) == {
-        "a": 1 / 61,
-        "b": 1 / 62 + 1 / 61,
-        "c": 1 / 62,
+        "a": 1 / 11,
+        "b": 1 / 12 + 1 / 11,
+        "c": 1 / 12,
     }
