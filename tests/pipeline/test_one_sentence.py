@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -174,3 +175,35 @@ def test_any_character_can_be_printed_in_ascii(recipe):
     done = subprocess.run([*command[:-1], word], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "\\u4f60" in done.stdout
+
+
+WORDS = {
+    "dtype ''": ("the name of the model is empty; give a folder",),
+    "plan ''": ("the name of the model is empty",),
+    "plan --evening 0h": ("--evening '0h' is not a duration above 0",),
+    "plan smollm2 --fit=-5GB": ("--fit '-5GB' is not a size of memory above 0",),
+    "plan llama2-7b --gpus 99999999xH100-80GB": (
+        "has 99,999,999 GPUs; give at least 1 and at most",
+    ),
+    "plan llama2-7b --batch 0 --gpus 8xH100-80GB": ("error: --batch 0: input should be greater",),
+    "plan llama2-7b --ds-config nosuch/dir": (
+        "configuration 'nosuch/dir' cannot be read (No such file or directory)",
+    ),
+    "plan {folder}/empty.txt": (
+        "empty.txt' is a file that describes no model; give a config.json",
+    ),
+    "prompt lint {folder}": ("is a folder; give a file such as mine.md",),
+    "prompt lint {folder}/binary.txt": ("it is not text in UTF-8",),
+    "lab rope-distance theta=abc": ("error: command line: theta='abc'",),
+    "lab rope-distance output={folder}": ("holds something else than lab rope-distance",),
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_a_mistake_of_a_command_is_told_in_its_only_line(tmp_path, words):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    done = easyllm(*shlex.split(words.format(folder=tmp_path)))
+    refused(done, *WORDS[words])
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from easyllm.cli.options import FlagGroup, Values, with_flags
+from easyllm.cli.options import FlagGroup, Values, checked_flags, with_flags
 from easyllm.cli.output import JsonFlag, home_path, print_json, print_pairs, print_table
 from easyllm.core.json_types import JsonObject
 from easyllm.serve.load_options import Load, LoadOptions
@@ -65,12 +65,11 @@ def serve(
 
         easyllm bench serve https://llm.example --data prompts.jsonl --json
     """
-    from easyllm.core.config import validate
     from easyllm.core.errors import Interrupted
     from easyllm.serve.load_prompts import read_prompts
     from easyllm.serve.load_test import LoadTest
 
-    options = validate(LoadOptions, load, source="load options")
+    options = checked_flags(LoadOptions, load, LOAD, source="load options")
     file = home_path(data)
     prompts = None if file is None else read_prompts(file, options.dialect)
     test = LoadTest(url, options, api_key=api_key, prompts=prompts)

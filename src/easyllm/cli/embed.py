@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from easyllm.cli.options import FlagGroup, Values, with_flags
+from easyllm.cli.options import FlagGroup, Values, checked_flags, with_flags
 from easyllm.cli.output import JsonFlag, Overrides, home_path, print_json, print_table
 from easyllm.cli.train import train as train_recipe
 from easyllm.core.errors import ConfigError
@@ -175,13 +175,12 @@ def words(
         easyllm embed words corpus.txt runs/words --dim 50 --epochs 10 --json
     """
     from easyllm.core.atomic import check_output_free
-    from easyllm.core.config import validate
     from easyllm.embed.skip_gram import train_word_vectors
     from easyllm.embed.word_vectors import words_of
     from easyllm.retrieval.documents import read_content
 
     check_output_free(out)
-    config = validate(SkipGramConfig, training, source="options of embed words")
+    config = checked_flags(SkipGramConfig, training, TRAINING, source="options of embed words")
     lines = read_content(text).decode("utf-8", "replace").splitlines()
     vectors = train_word_vectors((words_of(line) for line in lines), config)
     vectors.save(out)

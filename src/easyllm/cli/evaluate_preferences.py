@@ -229,7 +229,9 @@ def _comparer(judge: str, options: dict[str, Any]) -> "Comparer":
         raise ConfigError(
             f"--judge-key-env {variable}: the environment variable is not set; export the API key"
         )
-    config = validate(JudgeConfig, {"url": judge, **options}, source="options of the judge")
+    flags = {"url": "--judge"} | {name: f"--judge-{name.replace('_', '-')}" for name in options}
+    values = {"url": judge, **options}
+    config = validate(JudgeConfig, values, source="options of the judge", flags=flags)
     return Judge(config, key=key, cache=cache or default_cache(base_url(config.url)))
 
 

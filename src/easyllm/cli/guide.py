@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
-from easyllm.cli.options import FlagGroup, Values
+from easyllm.cli.options import FlagGroup, Values, checked_flags
 from easyllm.core.json_types import Json
 from easyllm.engine.guide_spec import GuideSpec
 
@@ -47,7 +47,6 @@ def guide_of(values: Values, *, beams: bool = False) -> GuideSpec | None:
         SourceError: a value is neither an existing file nor the thing itself.
         ConfigError: several guides are given, or one is invalid or for beam search.
     """
-    from easyllm.core.config import validate
     from easyllm.core.errors import ConfigError
     from easyllm.engine.guide_grammar import guide_grammar
 
@@ -61,7 +60,7 @@ def guide_of(values: Values, *, beams: bool = False) -> GuideSpec | None:
         given["json_schema"] = _schema(given["json_schema"])
     if "grammar" in given:
         given["grammar"] = _file_or(given["grammar"], "a grammar", ":" in given["grammar"])
-    guide = validate(GuideSpec, given, source="guide options")
+    guide = checked_flags(GuideSpec, given, GUIDE, source="guide options")
     guide_grammar(guide)  # fails before the model is loaded
     return guide
 

@@ -54,7 +54,7 @@ def lab(
     from easyllm.core.errors import ConfigError
     from easyllm.lab.catalogue import find_lab
     from easyllm.lab.page import PAGE_NAME, sentences
-    from easyllm.lab.runner import run_lab
+    from easyllm.lab.runner import check_lab, run_lab
 
     chosen = _language(language)
     if name is None:
@@ -69,6 +69,7 @@ def lab(
             output = Path(word.removeprefix("output=")).expanduser()
         else:
             own.append(word)
+    check_lab(found, output, words=own, quick=quick)
     sys.stderr.write(f"{found.title.of(chosen)}: about {1 if quick else found.seconds} s\n")
     done = run_lab(found, output, words=own, quick=quick, language=chosen)
     if json_output:

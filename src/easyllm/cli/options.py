@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from annotated_types import Ge, Gt, Le, Lt
@@ -28,6 +28,7 @@ from easyllm.core.json_types import JsonMapping, JsonObject, TypeForm
 
 Values = JsonObject
 """The values of a group's flags, by field."""
+C = TypeVar("C", bound=BaseModel)
 UNBOUNDED = 2**31 - 1
 """Bounds of at least this size only keep numbers representable; `--help` does not show them."""
 
@@ -137,6 +138,13 @@ class FlagGroup:
                 annotation=Annotated[_flag_type(info.annotation), flag],
             )
 
+    def names(self) -> dict[str, str]:
+        """Returns the flag of each field, as it is named in messages."""
+        return {
+            field: self.flags.get(field, f"--{field.replace('_', '-')}").partition("/")[0]
+            for field in self.fields
+        }
+
     def values(self, given: JsonObject) -> Values:
         """Removes the group's values from those of a command, and returns them by field."""
         values = {field: given.pop(field) for field in self.fields}
@@ -172,6 +180,26 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def checked_flags(
+    model: type[C], values: JsonMapping, *groups: FlagGroup, source: str = "options"
+) -> C:
+    """Returns the values of flags, validated as a model; a mistake is named by its flag.
+
+    Args:
+        model: the configuration model.
+        values: the values by field.
+        groups: the groups that the values come from.
+        source: what a mistake that concerns no single flag is attributed to.
+
+    Raises:
+        ConfigError: a value is not valid.
+    """
+    from easyllm.core.config import validate
+
+    flags = {field: flag for group in groups for field, flag in group.names().items()}
+    return validate(model, values, source=source, flags=flags)
+
+
 def _flag_type(annotation: object) -> TypeForm:
     """Returns the type of a flag: that of its field without constraints; lists for tuples."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
@@ -197,4 +225,4 @@ def _metadata(annotation: object) -> Iterator[Any]:
         yield from _metadata(inner)
 
 
-__all__ = ["FlagGroup", "Values", "option", "with_flags"]
+__all__ = ["FlagGroup", "Values", "checked_flags", "option", "with_flags"]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from easyllm.cli.options import FlagGroup, Values, with_flags
+from easyllm.cli.options import FlagGroup, Values, checked_flags, with_flags
 from easyllm.cli.output import JsonFlag, Overrides, home_path
 from easyllm.plan.options import PlanOptions
 
@@ -164,10 +164,9 @@ def _dispatch(
     json_output: bool,
 ) -> None:
     """Plans an evening, a recipe, a number of parameters or a model."""
-    from easyllm.core.config import validate
     from easyllm.core.errors import ConfigError
 
-    checked = validate(PlanOptions, options, source="plan options")
+    checked = checked_flags(PlanOptions, options, OPTIONS, source="plan options")
     if source is None or (checked.evening is not None and not _is_recipe(source)):
         _plan_evening(source, checked, asked, json_output=json_output)
         return

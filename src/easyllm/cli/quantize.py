@@ -9,7 +9,7 @@ import typer
 from easyllm.cli.adapter import AdapterFolder
 from easyllm.cli.merge import gate_cells
 from easyllm.cli.models import Model
-from easyllm.cli.options import FlagGroup, Values, with_flags
+from easyllm.cli.options import FlagGroup, Values, checked_flags, with_flags
 from easyllm.cli.output import JsonFlag, home_path, print_json, print_table
 from easyllm.pipeline.quantize_options import MAX_KL, QuantizeOptions
 
@@ -130,11 +130,10 @@ def _write(
     *,
     json_output: bool,
 ) -> None:
-    from easyllm.core.config import validate
     from easyllm.pipeline import quantize as pipeline
     from easyllm.verify.export_gate import GateError
 
-    checked = validate(QuantizeOptions, options, source="quantize options")
+    checked = checked_flags(QuantizeOptions, options, OPTIONS, source="quantize options")
     try:
         price = pipeline.quantize(source, target, checked, adapter=adapter, **limits)
     except GateError as error:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from easyllm.cli.options import FlagGroup, Values, with_flags
+from easyllm.cli.options import FlagGroup, Values, checked_flags, with_flags
 from easyllm.cli.output import JsonFlag, home_path, print_json, print_pairs, print_table
 from easyllm.cli.serve import Port, start
 from easyllm.core.json_types import JsonMapping
@@ -92,16 +92,15 @@ def index(
 
         easyllm rag index manual.pdf runs/manual-index --json
     """
-    from easyllm.core.config import validate
     from easyllm.embed.embedder import load_embedder
-    from easyllm.retrieval.build import build_index, document_files
+    from easyllm.retrieval.build import build_index, check_build
     from easyllm.retrieval.index import INDEX_FILE, read_state
 
-    document_files(documents)  # a wrong path is reported before a model is loaded
+    given = {field: value for field, value in chunks.items() if value is not None}
+    config = checked_flags(ChunkConfig, given, CHUNKS) if given else None
+    check_build(documents, out, config)  # a mistake is reported before a model is loaded
     known = (out / INDEX_FILE).is_file()
     name = embedder or (read_state(out).embedder["name"] if known else DEFAULT_EMBEDDER)
-    given = {field: value for field, value in chunks.items() if value is not None}
-    config = validate(ChunkConfig, given, source="chunk options") if given else None
     report = build_index(documents, out, load_embedder(name), config)
     for reason in report.refused.values():
         sys.stderr.write(f"left out: {reason}\n")
@@ -143,14 +142,13 @@ def ask(
 
         easyllm rag ask runs/docs-index "..." --model qwen-folder --expand 1 --json
     """
-    from easyllm.core.config import validate
     from easyllm.engine import LLM
     from easyllm.retrieval.ask import Reader
     from easyllm.retrieval.generator import EngineGenerator
     from easyllm.retrieval.search import open_retriever
     from easyllm.retrieval.sources import changed_sources
 
-    config = validate(AskConfig, {**finding, **answer}, source="options of rag ask")
+    config = checked_flags(AskConfig, {**finding, **answer}, FINDING, ANSWER)
     retriever = open_retriever(folder, embedder)
     found = Reader(retriever, EngineGenerator(LLM(model)), config).ask(question)
     changed = changed_sources(retriever.index.state, {p.document for p in found.passages})
@@ -196,10 +194,9 @@ def serve(
 
         easyllm rag serve runs/docs-index my-model --passages 5 --expand 1 --port 9000
     """
-    from easyllm.core.config import validate
     from easyllm.retrieval.index import read_state
 
-    config = validate(AskConfig, {**finding, **answer}, source="options of rag serve")
+    config = checked_flags(AskConfig, {**finding, **answer}, SERVED, ANSWER)
     read_state(folder)  # a wrong folder is reported before the port is taken
 
     def open_documents() -> "Documents":
@@ -285,7 +282,6 @@ def _evaluated(
     Raises:
         ConfigError: rows without an index, or an index for paragraphs that are in the file.
     """
-    from easyllm.core.config import validate
     from easyllm.core.errors import ConfigError
     from easyllm.embed.embedder import load_embedder
     from easyllm.retrieval.evaluate import paragraph_retriever
@@ -299,7 +295,7 @@ def _evaluated(
         raise ConfigError(f"{file} contains questions only; name their index with --index FOLDER")
     if folder is not None:
         return _figures(open_retriever(folder, embedder), given, model)
-    config = validate(ChunkConfig, chunks, source="chunk options")
+    config = checked_flags(ChunkConfig, chunks, CHUNKS)
     loaded = load_embedder(embedder or DEFAULT_EMBEDDER)
     with paragraph_retriever(given.paragraphs, loaded, config) as retriever:
         return _figures(retriever, given, model)

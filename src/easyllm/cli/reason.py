@@ -8,7 +8,7 @@ import typer
 from pydantic import BaseModel, Field
 
 from easyllm.cli.adapter import AdapterFolder
-from easyllm.cli.options import FlagGroup, Values, with_flags
+from easyllm.cli.options import FlagGroup, Values, checked_flags, with_flags
 from easyllm.cli.output import JsonFlag, home_path, print_json, print_pairs
 from easyllm.cli.sampling import LOADING
 from easyllm.core.errors import ConfigError
@@ -115,11 +115,10 @@ def reason_about(
         easyllm reason smollm2 --data gsm8k.jsonl --method few-shot --examples train.jsonl
     """
     from easyllm.cli.sampling import load_llm
-    from easyllm.core.config import validate
     from easyllm.prompt.ask import ModelAsker
     from easyllm.prompt.library import system_message
 
-    given = validate(ReasonOptions, options, source="options of reasoning")
+    given = checked_flags(ReasonOptions, options, REASON, source="options of reasoning")
     if (question is None) == (data is None):
         raise ConfigError("reason needs one question, or --data FILE with several; give one")
     shown = _examples(examples, given.kind) if examples is not None else []

@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
-from easyllm.cli.options import FlagGroup, Values, option
+from easyllm.cli.options import FlagGroup, Values, checked_flags, option
 from easyllm.core.garbage import collector_paused, importing
 from easyllm.engine.options import LLMOptions
 from easyllm.engine.params import BeamParams, SamplingParams
@@ -36,9 +36,8 @@ LengthPenalty = Annotated[float, option(BeamParams, "length_penalty", needs="--b
 
 def sampling_params(values: Values) -> SamplingParams:
     """Returns the `SamplingParams` of a command's flags."""
-    from easyllm.core.config import validate
 
-    return validate(SamplingParams, values, source="sampling options")
+    return checked_flags(SamplingParams, values, SAMPLING, source="sampling options")
 
 
 def load_llm(model: str, *, quiet: bool = False, **options: Any) -> "LLM":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from easyllm.cli.adapter import AdapterFolder, load_served
-from easyllm.cli.options import FlagGroup, Values, with_flags
+from easyllm.cli.options import FlagGroup, Values, checked_flags, with_flags
 from easyllm.cli.output import home_path
 from easyllm.cli.sampling import LOADING
 from easyllm.core.json_types import JsonObject
@@ -146,10 +146,11 @@ def serve(
 
         easyllm serve smollm2 --host 0.0.0.0 --api-key KEY --log-json
     """
-    from easyllm.core.config import validate
     from easyllm.prompt.library import system_message
 
-    limits = validate(ServeLimits, {**timeouts, **queue}, source="serving options")
+    limits = checked_flags(
+        ServeLimits, {**timeouts, **queue}, TIMEOUTS, QUEUE, source="serving options"
+    )
     instruction: Values = {"system": system_message(system)} if system else {}
     start(
         _by_name(models),

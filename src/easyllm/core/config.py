@@ -75,7 +75,12 @@ def _not_an_override(word: str, key: str, values: JsonMapping) -> str:
 
 
 def validate(
-    model: type[C], values: JsonMapping, *, source: str, overrides: Iterable[str] = ()
+    model: type[C],
+    values: JsonMapping,
+    *,
+    source: str,
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, str] | None = None,
 ) -> C:
     """Returns `values` validated as a `model`.
 
@@ -83,6 +88,8 @@ def validate(
         source: where the values come from, for error messages.
         overrides: command-line overrides, already applied to `values`. Their mistakes are
             attributed to the command line (and those of `EASYLLM_*` variables to the environment).
+        flags: the flags that set the fields, such as `--top-k`; a mistake is then named by its
+            flag alone, without the source.
 
     Raises:
         ConfigError: lists all mistakes at once, each with the key, the value, what was expected,
@@ -94,7 +101,7 @@ def validate(
             return model.model_validate(values)
     except ValidationError as error:
         problems = _problems(error)
-    raise ConfigError(_describe(problems, model, values, source, list(overrides)))
+    raise ConfigError(_describe(problems, model, values, source, list(overrides), flags or {}))
 
 
 def load_config(model: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
@@ -153,13 +160,15 @@ def _describe(
     values: JsonMapping,
     source: str,
     overrides: list[str],
+    flags: Mapping[str, str],
 ) -> str:
     """The error message: all mistakes, each with its source; a common source is named only once."""
-    lines = _lines(problems, model, values)
+    lines = _lines(problems, model, values, flags)
     givers = _ValueOrigins(model, source, overrides)
     places = [givers.of(problem, values) for problem in problems]
     if len(lines) == 1:
-        return f"{places[0]}: {lines[0]}"
+        is_flag = ".".join(_user_path(problems[0], values)) in flags
+        return lines[0] if is_flag else f"{places[0]}: {lines[0]}"
     if len(set(places)) == 1:
         return f"{places[0]}: {len(lines)} mistakes\n  - " + "\n  - ".join(lines)
     told = [f"{place}: {line}" for place, line in zip(places, lines, strict=True)]
@@ -257,9 +266,12 @@ def _problems(error: ValidationError) -> list["ErrorDetails"]:
 
 
 def _lines(
-    problems: Iterable["ErrorDetails"], model: type[BaseModel], values: JsonMapping
+    problems: Iterable["ErrorDetails"],
+    model: type[BaseModel],
+    values: JsonMapping,
+    flags: Mapping[str, str],
 ) -> list[str]:
-    """One line per mistake: the key, the value and what was expected."""
+    """One line per mistake: the key or flag, the value and what was expected."""
     lines = []
     for problem in problems:
         written = _user_path(problem, values)
@@ -291,6 +303,7 @@ def _lines(
             message = problem["msg"].removeprefix("Value error, ")
             message = _expected(problem, key, model, values) or message
             prefix = f"{key}={got}: " if key else ""
+            prefix = f"{flags[key]} {got}: " if key in flags else prefix
             lines.append(f"{prefix}{message[0].lower()}{message[1:]}")
     return lines
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from easyllm.core.atomic import check_output_free, write_atomic, write_json
+from easyllm.core.atomic import check_output_free, check_writable, write_atomic, write_json
 from easyllm.core.config import apply_overrides, validate
 from easyllm.core.errors import ConfigError, OutputError, install
 from easyllm.core.json_types import JsonObject
@@ -62,9 +62,7 @@ def run_lab(
         ConfigError: a parameter is not valid, or a module is not installed.
         OutputError: the folder has other contents.
     """
-    parameters = parameters_of(lab, words, quick=quick)
-    check_installed(lab)
-    _check_folder(lab, output)
+    parameters = check_lab(lab, output, words=words, quick=quick)
     started = time.perf_counter()
     result = lab.run(parameters)
     seconds = time.perf_counter() - started
@@ -76,6 +74,24 @@ def run_lab(
     write_atomic(output / PAGE_NAME, page)
     write_json(output / NUMBERS, numbers_of(lab, parameters, result))
     return Finished(lab=lab, parameters=parameters, result=result, seconds=seconds, folder=output)
+
+
+def check_lab(
+    lab: Lab, output: Path, *, words: Sequence[str] = (), quick: bool = False
+) -> LabConfig:
+    """Checks that a lab can run, and returns its parameters.
+
+    Args:
+        lab, output, words, quick: as for `run_lab`.
+
+    Raises:
+        ConfigError, OutputError: as for `run_lab`.
+    """
+    parameters = parameters_of(lab, words, quick=quick)
+    check_installed(lab)
+    _check_folder(lab, output)
+    check_writable(output)
+    return parameters
 
 
 def parameters_of(lab: Lab, words: Sequence[str], *, quick: bool) -> LabConfig:
@@ -140,4 +156,13 @@ def _check_folder(lab: Lab, output: Path) -> None:
         )
 
 
-__all__ = ["NUMBERS", "PNG", "SVG", "Finished", "check_installed", "numbers_of", "run_lab"]
+__all__ = [
+    "NUMBERS",
+    "PNG",
+    "SVG",
+    "Finished",
+    "check_installed",
+    "check_lab",
+    "numbers_of",
+    "run_lab",
+]

@@ -49,6 +49,11 @@ def describe(source: str) -> ModelConfig:
         return _read(read_files(path), source)
     if path.is_file() and path.suffix == ".json":
         return _read(read_object(path, _REMEDY), source)
+    if path.is_file() and path.suffix != ".gguf":
+        raise SourceError(
+            f"{source!r} is a file that describes no model; give a config.json, a .gguf file, a "
+            f"folder, hf:org/name, or a name such as {next(iter(sizes))}"
+        )
     if path.exists() or path.suffix == ".gguf" or "/" in source:
         return open_source(source).config
     known = [*KNOWN_MODELS, *sizes]

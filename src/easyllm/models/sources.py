@@ -71,6 +71,11 @@ def locate(source: str | Path) -> Path:
         return _find_packaged(text)
     if text.startswith(HUB_PREFIX):
         return _from_hub(text.removeprefix(HUB_PREFIX))
+    if not text.strip():
+        raise SourceError(
+            "the name of the model is empty; give a folder, a .gguf file, hf:org/name, or one of "
+            f"the names {', '.join(KNOWN_MODELS)}"
+        )
     path = expanded(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -86,7 +91,10 @@ def locate(source: str | Path) -> Path:
         return path
     if path.is_file():
         if path.suffix != ".gguf":
-            raise SourceError(f"{text!r} is not a .gguf file; give a folder or a .gguf file")
+            raise SourceError(
+                f"{text!r} is a file but not a .gguf file; give a folder, a .gguf file, "
+                f"hf:org/name, or one of the names {', '.join(KNOWN_MODELS)}"
+            )
         return path
     if path.suffix == ".gguf" or "/" in text:
         maker = f"; `{made}` writes it" if (made := command_that_writes(path)) else ""

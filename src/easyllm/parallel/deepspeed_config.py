@@ -53,9 +53,10 @@ def read_deepspeed(source: Path | JsonMapping, recipe: RecipeValues) -> DeepSpee
         try:
             source = json.loads(source.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
             raise ConfigError(
-                f"deepspeed={str(source)!r} cannot be read as JSON ({error}); give the path of a "
-                "ds_config.json"
+                f"the DeepSpeed configuration {str(source)!r} cannot be read ({reason}); give the "
+                "path of a ds_config.json"
             ) from None
     if not isinstance(source, Mapping):
         raise ConfigError("a DeepSpeed configuration is a JSON object; give a ds_config.json")

@@ -9,6 +9,7 @@ from easyllm.plan.hardware import Hardware
 from easyllm.plan.published import TOKENS_PER_PARAMETER, compute_optimal
 
 DAY, HOUR = 86400, 3600
+LONGEST_SECONDS = 100 * 365 * DAY
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _TIMES = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -114,13 +115,16 @@ def parse_duration(text: str, what: str) -> float:
     """Returns the seconds in `4h`, `90m`, `2d` or `1h30m`.
 
     Raises:
-        ConfigError: it is not a duration.
+        ConfigError: it is not a duration above 0.
     """
     parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)\s*(min|[smhd])", text.lower())
     rest = re.sub(r"([0-9]+(?:\.[0-9]+)?)\s*(min|[smhd])", "", text.lower()).strip()
     seconds = sum(float(number) * _TIMES[unit] for number, unit in parts)
-    if rest or seconds <= 0:
-        raise ConfigError(f"{what} {text!r} is not a duration; write it as 4h, 90m or 1h30m")
+    if rest or not 0 < seconds < LONGEST_SECONDS:
+        raise ConfigError(
+            f"{what} {text!r} is not a duration above 0 and below 100 years; write it as 4h, 90m "
+            "or 1h30m"
+        )
     return seconds
 
 
@@ -128,7 +132,7 @@ def parse_size(text: str, what: str) -> int:
     """Returns the bytes in `24GB`, `80 GiB` or `512MB`.
 
     Raises:
-        ConfigError: it is not a size of memory.
+        ConfigError: it is not a size of memory above 0.
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt])?(i)?b?", text.strip().lower())
     scale = {"k": 1, "m": 2, "g": 3, "t": 4}
@@ -136,7 +140,9 @@ def parse_size(text: str, what: str) -> int:
     if found is not None:
         size = int(float(found[1]) * (1024 if found[3] else 1000) ** scale.get(found[2] or "", 0))
     if size < 1:
-        raise ConfigError(f"{what} {text!r} is not a size of memory; write it as 24GB or 24GiB")
+        raise ConfigError(
+            f"{what} {text!r} is not a size of memory above 0; write it as 24GB or 24GiB"
+        )
     return size
 
 

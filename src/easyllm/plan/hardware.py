@@ -18,6 +18,7 @@ from easyllm.core.json_types import JsonObject
 from easyllm.core.paths import expanded
 
 GIB = 2**30
+MAX_GPUS = 9_999_999
 RESERVED = 0.06
 """Share of a GPU's memory that weights and activations cannot use: the CUDA context, cuBLAS and
 NCCL buffers, and what the allocator loses to fragmentation."""
@@ -168,14 +169,16 @@ def parse_gpus(text: str) -> tuple[int, str | None]:
     Raises:
         ConfigError: the text has no such form.
     """
-    found = re.fullmatch(r"(?:(\d{1,7})\s*[x×*]\s*)?([A-Za-z].*)|(\d{1,7})", text.strip())
+    found = re.fullmatch(r"(?:(\d{1,30})\s*[x×*]\s*)?([A-Za-z].*)|(\d{1,30})", text.strip())
     if found is None:
         raise ConfigError(
             f"--gpus {text!r} is not a number and name of GPUs; write it as 8xH100-80GB"
         )
     count = int(found[3] or found[1] or 1)
-    if count < 1:
-        raise ConfigError(f"--gpus {text!r} has no GPU; give at least 1")
+    if not 1 <= count <= MAX_GPUS:
+        raise ConfigError(
+            f"--gpus {text!r} has {count:,} GPUs; give at least 1 and at most {MAX_GPUS:,}"
+        )
     return count, found[2]
 
 

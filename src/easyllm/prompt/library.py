@@ -29,8 +29,14 @@ def read_prompt_text(source: str) -> str:
         try:
             return path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise SourceError(f"the prompt {source!r} cannot be read: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+            raise SourceError(
+                f"the prompt {source!r} cannot be read ({reason}); give a text file in UTF-8"
+            ) from None
     names = prompt_names()
+    if source not in names and path.exists():
+        kind = "a folder" if path.is_dir() else "not a .md or .txt file"
+        raise SourceError(f"the prompt {source!r} is {kind}; give a file such as mine.md")
     if source not in names:
         raise SourceError(
             f"prompt {source!r} is not known{suggest(source, names)}; there are {', '.join(names)},"

@@ -185,10 +185,14 @@ def _suits(finished: FinishedLayer, own: Mapping[str, Linear], scheme: str) -> b
     parts = ("codes", "absmax") if scheme.endswith(SINGLE) else NESTED_PARTS
     if finished.full.keys() != {f"{name}.{part}" for name in own for part in parts}:
         return False
-    return has_reports(finished) and all(
-        2 * finished.full[f"{name}.codes"].numel() == linear.weight.numel()
-        and BLOCK * finished.full[f"{name}.absmax"].numel() == linear.weight.numel()
-        for name, linear in own.items()
+    return (
+        has_reports(finished)
+        and finished.is_finite
+        and all(
+            2 * finished.full[f"{name}.codes"].numel() == linear.weight.numel()
+            and BLOCK * finished.full[f"{name}.absmax"].numel() == linear.weight.numel()
+            for name, linear in own.items()
+        )
     )
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from easyllm.core.atomic import atomic_file, check_output_free, write_atomic
+from easyllm.core.finite import all_finite
 from easyllm.core.json_types import JsonObject
 from easyllm.quant.quant_tensor import QuantTensor
 from easyllm.quant.spec import QuantSpec
@@ -32,6 +33,12 @@ class FinishedLayer:
     weights: Mapping[str, QuantTensor]
     full: Mapping[str, Tensor]
     reports: Sequence[JsonObject]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no scale and no other tensor has a NaN or infinite value."""
+        scales = (weight.scales for weight in self.weights.values())
+        return all(all_finite(t) for t in (*self.full.values(), *scales) if t.is_floating_point())
 
 
 class LayerFiles:

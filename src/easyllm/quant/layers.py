@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from easyllm.core.errors import ConfigError
-from easyllm.core.finite import all_finite
 from easyllm.core.json_types import JsonObject
 from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.linear import Linear
@@ -236,7 +235,7 @@ def _suits(
         and all(
             finished.weights[n].shape == linear.storage.shape for n, (linear, _) in chosen.items()
         )
-        and all(all_finite(its.scales) for its in finished.weights.values())
+        and finished.is_finite
         and has_reports(finished)
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from easyllm.core.atomic import check_output_free, check_writable
 from easyllm.core.errors import ConfigError, DataError, SourceError
 from easyllm.core.folder_lock import locked_folder
 from easyllm.core.json_types import JsonObject
@@ -76,8 +77,14 @@ def build_index(
             chunks of another size.
     """
     files, ignored = document_files(root)
-    found = read_state(folder) if (folder / INDEX_FILE).is_file() else None
-    state = _started(found, str(root.absolute()), embedder, config, folder)
+    state = _earlier(folder, root, config)
+    if state is None:
+        chosen = (config or ChunkConfig()).model_dump()
+        state = IndexState(
+            embedder=describe_embedder(embedder), root=str(root.absolute()), chunking=chosen
+        )
+    else:
+        check_embedder(state, embedder, folder)
     report = BuildReport(ignored=ignored)
     with locked_folder(folder):
         _remove_unnamed(folder, state)
@@ -89,13 +96,44 @@ def build_index(
             documents = _to_embed(files, state, report, progress)
             add_documents(documents, folder, embedder, state)
         if not state.documents and report.refused:
-            name, reason = next(iter(report.refused.items()))
-            raise DataError(f"none of {len(files)} documents can be read: {name}: {reason}")
+            reason = next(iter(report.refused.values()))
+            raise _none_readable(len(files), reason)
         state.refused = report.refused
         state.save(folder)
         compact(folder, state)
         report.chunks = Index(folder).num_chunks
     return report
+
+
+def check_build(root: Path, folder: Path, config: ChunkConfig | None = None) -> None:
+    """Checks, before an embedding model is loaded, that an index can be built.
+
+    Args:
+        root, folder, config: as for `build_index`.
+
+    Raises:
+        SourceError, DataError, ConfigError: as for `build_index`.
+        OutputError: the folder has other contents than an index, or cannot be written.
+    """
+    files, _ = document_files(root)
+    if _earlier(folder, root, config) is None and not (folder / SEGMENTS).is_dir():
+        check_output_free(folder)
+    else:  # an index, or what an interrupted build has left
+        check_writable(folder)
+    first = None
+    for name, path in files.items():
+        try:
+            read_document(path, name)
+        except DataError as error:
+            first = first or error
+        else:
+            return
+    raise _none_readable(len(files), str(first))
+
+
+def _none_readable(count: int, reason: str) -> DataError:
+    """Returns the error that no document can be read; `reason` is that of the first one."""
+    return DataError(reason if count == 1 else f"none of {count} documents can be read: {reason}")
 
 
 def document_files(root: Path) -> tuple[dict[str, Path], int]:
@@ -124,26 +162,20 @@ def _hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-def _started(
-    state: IndexState | None,
-    root: str,
-    embedder: Embedder,
-    config: ChunkConfig | None,
-    folder: Path,
-) -> IndexState:
-    """Returns the state to continue, or a new one.
+def _earlier(folder: Path, root: Path, config: ChunkConfig | None) -> IndexState | None:
+    """Returns the state of the index to continue; None if there is none yet.
 
     Raises:
-        ConfigError: the existing index does not fit.
+        ConfigError: the existing index is of other documents, or of chunks of another size.
+        CheckpointError: it is damaged.
     """
-    if state is None:
-        chosen = (config or ChunkConfig()).model_dump()
-        return IndexState(embedder=describe_embedder(embedder), root=root, chunking=chosen)
-    check_embedder(state, embedder, folder)
-    if state.root != root:
+    if not (folder / INDEX_FILE).is_file():
+        return None
+    state = read_state(folder)
+    if state.root != str(root.absolute()):
         raise ConfigError(
-            f"the index {str(folder)!r} was built from {state.root!r}, got {root!r}; choose "
-            "another folder for the new index"
+            f"the index {str(folder)!r} was built from {state.root!r}, got "
+            f"{str(root.absolute())!r}; choose another folder for the new index"
         )
     if config is not None and config.model_dump() != state.chunking:
         raise ConfigError(
@@ -273,4 +305,11 @@ def _remove_unnamed(folder: Path, state: IndexState) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-__all__ = ["BuildReport", "add_documents", "build_index", "compact", "document_files"]
+__all__ = [
+    "BuildReport",
+    "add_documents",
+    "build_index",
+    "check_build",
+    "compact",
+    "document_files",
+]

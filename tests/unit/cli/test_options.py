@@ -11,9 +11,10 @@ import pytest
 from pydantic import BaseModel, Field
 from typer.models import OptionInfo
 
-from easyllm.cli.options import FlagGroup, Values, option, with_flags
+from easyllm.cli.options import FlagGroup, Values, checked_flags, option, with_flags
 from easyllm.cli.output import print_json
 from easyllm.cli.sampling import LOADING, SAMPLING
+from easyllm.core.errors import ConfigError
 from easyllm.engine.params import SamplingParams
 
 
@@ -118,3 +119,23 @@ def test_options_are_importable_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+class Bounded(BaseModel, extra="forbid"):
+    """Fields of a command."""
+
+    top_k: int = Field(default=1, gt=0, description="A number.")
+    name: str = Field(default="", max_length=3, description="A name.")
+
+
+def test_a_mistake_is_named_by_its_flag():
+    group = FlagGroup(Bounded, "top_k", "name", flags={"name": "--called/--nameless"})
+    assert checked_flags(Bounded, {"top_k": 2}, group).top_k == 2
+    with pytest.raises(ConfigError, match=r"^--top-k 0: input should be greater than 0$"):
+        checked_flags(Bounded, {"top_k": 0}, group)
+    with pytest.raises(ConfigError, match=r"^options: 2 mistakes") as raised:
+        checked_flags(Bounded, {"top_k": -1, "name": "long name"}, group)
+    assert "--top-k -1: " in str(raised.value)
+    assert "--called 'long name': " in str(raised.value)
+    with pytest.raises(ConfigError, match=r"^options: unknown key 'top'"):
+        checked_flags(Bounded, {"top": 1}, group)

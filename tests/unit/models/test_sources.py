@@ -147,7 +147,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 
 def test_a_file_that_is_not_gguf_is_refused(tmp_path):
     (tmp_path / "model.bin").touch()
-    with pytest.raises(SourceError, match=r"model\.bin' is not a \.gguf file"):
+    with pytest.raises(SourceError, match=r"model\.bin' is a file but not a \.gguf file"):
         locate(tmp_path / "model.bin")
 
 

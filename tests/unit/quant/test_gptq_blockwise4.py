@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from easyllm.core.errors import ConfigError
 from easyllm.ops.blockwise4 import codebook, dequantize
 from easyllm.quant import quantize_blockwise4
-from easyllm.quant.gptq_blockwise4 import gptq_blockwise4
+from easyllm.quant.gptq_blockwise4 import gptq_blockwise4, quantize_layers
+from easyllm.quant.layer_files import LayerFiles
 from easyllm.quant.statistics import Statistics, output_error
+from tiny_models import build_tiny
 
 
 def weight(outputs=40, inputs=128):
@@ -73,3 +77,27 @@ def test_refusals_say_what_would_do():
         gptq_blockwise4(weight(8, 96), torch.eye(96), "nf4", nested=True)
     with pytest.raises(ConfigError, match="NaN or Inf"):
         gptq_blockwise4(weight(), torch.full((128, 128), torch.nan), "nf4", nested=True)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "nf4-single"])
+def test_a_damaged_layer_is_quantized_again(tmp_path, scheme):
+    def quantized():
+        model = build_tiny(hidden_size=64, intermediate_size=64)
+        chosen = {n: m for n, m in model.named_modules() if n.endswith("_proj")}
+        files = LayerFiles(tmp_path / "layers", "key")
+        quantize_layers(model, [torch.arange(20)], chosen=chosen, scheme=scheme, files=files)
+        return {n: m.storage.dense() for n, m in chosen.items()}
+
+    first = quantized()
+    path = next((tmp_path / "layers").glob("layer-0000*"))
+    whole = path.read_bytes()
+    for part in ("absmax",) if scheme == "nf4-single" else ("nested_absmax", "nested_offset"):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            reports = file.metadata()
+        damaged = next(t for name, t in tensors.items() if name.endswith(f".{part}"))
+        damaged.view(-1)[0] = float("nan")
+        save_file(tensors, path, metadata=reports)
+        again = quantized()
+        assert all(torch.equal(again[name], first[name]) for name in first)
+        assert path.read_bytes() == whole

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from easyllm.core.errors import CheckpointError, ConfigError, DataError, SourceError
+from easyllm.core.errors import CheckpointError, ConfigError, DataError, OutputError, SourceError
 from easyllm.embed.embedder import embedder_of
 from easyllm.retrieval import build
-from easyllm.retrieval.build import build_index
+from easyllm.retrieval.build import build_index, check_build
 from easyllm.retrieval.chunk import ChunkConfig
 from easyllm.retrieval.fuse import fuse
 from easyllm.retrieval.index import INDEX_FILE, Index, read_state
@@ -212,3 +212,29 @@ def test_fusion_adds_reciprocal_ranks():
         "b": 1 / 12 + 1 / 11,
         "c": 1 / 12,
     }
+
+
+def test_a_build_is_checked_without_an_embedding_model(place, embedder):
+    check_build(place.docs, place.out)
+    build_index(place.docs, place.out, embedder, SMALL)
+    check_build(place.docs, place.out, SMALL)
+    with pytest.raises(ConfigError, match="has chunks of 16 tokens, got 32"):
+        check_build(place.docs, place.out, ChunkConfig(max_tokens=32))
+    with pytest.raises(ConfigError, match="was built from"):
+        check_build(place.docs / "sub", place.out)
+    with pytest.raises(OutputError, match="not empty"):
+        check_build(place.docs, place.docs)
+    with pytest.raises(OutputError, match="not empty"):
+        check_build(place.docs, place.docs / "tea.md")
+
+
+def test_documents_without_text_are_told_once(place):
+    for path in place.docs.rglob("*.*"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"^none of 3 documents can be read: ") as raised:
+        check_build(place.docs, place.out)
+    assert str(raised.value).count("sea.txt") == 1
+    one = place.docs / "tea.md"
+    with pytest.raises(DataError, match=r"^\S+tea.md contains no text; remove it$"):
+        check_build(one, place.out)
+    assert not place.out.exists()
