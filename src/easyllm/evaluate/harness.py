@@ -239,6 +239,7 @@ def _client(url: str) -> dict[str, Any]:
         "model": model,
         "base_url": f"{base}/v1/completions",
         "tokenizer_backend": "remote",
+        "auth_token": os.environ["OPENAI_API_KEY"],  # of the tokenizer's routes
         "num_concurrent": 8,
         "batch_size": 8,
     }
