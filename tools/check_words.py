@@ -32,10 +32,13 @@ def found_in(text: str, rules: list[tuple[re.Pattern[str], str]]) -> list[tuple[
     do not count, and spaces may be doubled.
     """
     lines = [" ".join(line.split()) for line in text.splitlines()]
+    some = re.compile("|".join(f"(?:{pattern.pattern})" for pattern, _ in rules), re.IGNORECASE)
     hits = []
     for number, line in enumerate(lines, start=1):
         following = MARGIN.sub("", lines[number]) if number < len(lines) else ""
         joined = f"{END.sub('', line)} {following}" if following else line
+        if some.search(line) is None and some.search(joined) is None:
+            continue  # the usual case, in two searches
         for pattern, advice in rules:
             match = pattern.search(line) or _across(pattern, joined, len(END.sub("", line)))
             if match is not None:
