@@ -5,10 +5,10 @@
     python bench/quantization.py MODEL --languages [--record]
 
 Each method quantizes the model at each number of bits with each of `--sets` disjoint calibration
-sets; perplexity is measured on WikiText-2's validation text and on Chinese text, with dequantized
-weights, so that only the weights' error counts. GGUF types are measured with and without an
-importance matrix. `--languages` compares calibration on English alone with English, Chinese and
-code together. Also in the rows: seconds and peak memory.
+sets; perplexity and the KL divergence from the original are measured on WikiText-2's validation
+text and on Chinese text, with dequantized weights, so that only the weights' error counts. GGUF
+types are measured with and without an importance matrix. `--languages` compares calibration on
+English alone with English, Chinese and code together. Also in the rows: seconds and peak memory.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import machine
 import torch
 from machine import SHARED
 from paired import peak_rss_mb
-from torch import Tensor
+from torch import Tensor, nn
 
 from easyllm.evaluate.perplexity import perplexity
 from easyllm.models import load_model, load_tokenizer
@@ -41,6 +41,8 @@ from easyllm.quant.methods import find_method
 from easyllm.quant.spec import QuantSpec
 
 GROUP, CONTEXT = 64, 512
+KL_TOKENS, KL_CONTEXT = 1024, 256
+"""Tokens of each text whose distributions are compared, in windows of this length."""
 TEXTS = {"english": "wikitext2_valid.txt", "chinese": "wmt22.generaltest2022.zh-en.src.zh"}
 
 
@@ -79,6 +81,9 @@ class Bench:
         self.tokenizer = load_tokenizer(options.model)
         self.model = to_full_weights(load_model(options.model, dtype="float32"))
         self.texts = {name: self._text(file) for name, file in TEXTS.items()}
+        ids = {n: self.tokenizer.encode(t)[:KL_TOKENS] for n, t in self.texts.items()}
+        self.windows = {n: torch.tensor([each]).view(-1, KL_CONTEXT) for n, each in ids.items()}
+        self.log_probs = {n: log_probs(self.model, each) for n, each in self.windows.items()}
         self.original = self.perplexities(self.model)
         print(json.dumps({"original": self.original}), flush=True)
 
@@ -93,6 +98,15 @@ class Bench:
             name: round(perplexity(model, self.tokenizer, [text], context=context).perplexity, 4)
             for name, text in self.texts.items()
         }
+
+    def divergences(self, model: Decoder) -> dict[str, float]:
+        """Returns the mean KL divergence from the original, in nats per token."""
+        found = {}
+        for name, expected in self.log_probs.items():
+            got = log_probs(model, self.windows[name])
+            kl = nn.functional.kl_div(got, expected, reduction="sum", log_target=True)
+            found[f"{name}_kl"] = round(float(kl) / len(expected), 5)
+        return found
 
     def sets(self, languages: Sequence[str] = LANGUAGES) -> list[list[Tensor]]:
         """Returns disjoint sets of calibration sequences."""
@@ -153,16 +167,23 @@ class Bench:
         runs, seconds, started = [], [], time.perf_counter()
         for model in make():
             seconds.append(time.perf_counter() - started)
-            runs.append(self.perplexities(to_full_weights(model)))
+            full = to_full_weights(model)
+            runs.append(self.perplexities(full) | self.divergences(full))
             started = time.perf_counter()
         row: dict[str, Any] = {"runs": runs, "seconds": round(statistics.mean(seconds), 1)}
-        for text in TEXTS:
-            values = [run[text] for run in runs]
-            row[text] = round(statistics.mean(values), 4)
+        for figure in runs[0]:
+            values = [run[figure] for run in runs]
+            row[figure] = round(statistics.mean(values), 5)
             if len(values) > 1:
-                row[f"{text}_spread"] = round(statistics.stdev(values), 4)
+                row[f"{figure}_spread"] = round(statistics.stdev(values), 5)
         print(json.dumps({name: row}), flush=True)
         return {name: row}
+
+
+@torch.no_grad()
+def log_probs(model: Decoder, ids: Tensor) -> Tensor:
+    """Returns the log-probabilities of all tokens after each of `ids` ([rows, length]): [n, V]."""
+    return torch.cat([model.logits(row).log_softmax(-1) for row in ids])
 
 
 def uniform(model: Decoder, method: str, bits: int, sequences: Sequence[Tensor] = ()) -> Decoder:
