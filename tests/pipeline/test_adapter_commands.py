@@ -1,6 +1,7 @@
 """An adapter's folder is a model for every command that generates, evaluates or serves."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from easyllm.cli.adapter import load_served
 from easyllm.core.errors import ConfigError, SourceError
 from easyllm.engine import LLM, SamplingParams
 from easyllm.models import hf_module_name, load_model, split_adapter
+from easyllm.models.load import OpenSource
 from easyllm.serve.app import create_app
 from easyllm_command import easyllm
 from prompt_adapters import CONFIGS, adapted
@@ -182,3 +184,45 @@ def test_two_adapters_at_once_and_an_adapter_of_a_loaded_model_are_refused(tiny_
     done = easyllm("convert", adapter, "out")
     assert done.returncode == 2
     assert "is an adapter, without the weights of its base; merge it first" in done.stderr
+
+
+DAMAGE = {
+    "adapter_model.safetensors": "is damaged or truncated",
+    "adapter_config.json": "is not JSON",
+}
+
+
+@pytest.mark.parametrize("file", DAMAGE)
+def test_a_damaged_adapter_is_told_before_its_base_is_loaded(
+    adapter, tiny_folder, tmp_path, monkeypatch, file
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(adapter, broken)
+    content = (broken / file).read_bytes()
+    (broken / file).write_bytes(content[: len(content) // 2])
+
+    def load(*_, **__):
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(OpenSource, "model", load)
+    for words in (
+        ("merge", tiny_folder, broken, tmp_path / "out"),
+        ("generate", tiny_folder, "x", "--adapter", broken),
+    ):
+        done = easyllm(*words)
+        assert done.returncode == 2, done.stderr
+        assert DAMAGE[file] in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_that_hold_no_adapter_are_told(tiny_folder, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    said = {"file": "is a file", "gone": "does not exist", "empty": "no adapter_config.json"}
+    for name, reason in said.items():
+        done = easyllm("merge", tiny_folder, tmp_path / name, tmp_path / "out")
+        assert done.returncode == 2
+        assert f"{name}' {reason}" in done.stderr or f"{name}' contains {reason}" in done.stderr
+    done = easyllm("convert", tmp_path / "gone", tmp_path / "out", "--lora-rank", 4)
+    assert done.returncode == 2
+    assert "gone' does not exist" in done.stderr

@@ -24,6 +24,17 @@ def test_generate_prints_the_same_text_as_its_json_output(tiny_folder):
     assert result["finish_reason"] in ("stop", "length")
 
 
+def test_an_empty_text_is_remarked(tiny_folder):
+    words = ("generate", tiny_folder, "hello", "--max-tokens", 6)
+    first = easyllm(*words)
+    assert "no text" not in first.stderr
+    done = easyllm(*words, "--stop", first.stdout[0])
+    assert done.stdout == "\n"
+    assert "note: the model generated no text; to ask it as in a conversation, add --chat" in (
+        done.stderr
+    )
+
+
 def test_generate_accepts_every_sampling_option_and_reports_memory(tiny_folder):
     words = ("generate", tiny_folder, "hello", "--max-tokens", 6, "--temperature", 0.9, "--seed", 1)
     words += (

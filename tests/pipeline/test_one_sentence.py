@@ -187,13 +187,16 @@ WORDS = {
     ),
     "plan llama2-7b --batch 0 --gpus 8xH100-80GB": ("error: --batch 0: input should be greater",),
     "plan llama2-7b --ds-config nosuch/dir": (
-        "configuration 'nosuch/dir' cannot be read (No such file or directory)",
+        "configuration 'nosuch/dir' cannot be read as JSON (No such file or directory)",
     ),
     "plan {folder}/empty.txt": (
         "empty.txt' is a file that describes no model; give a config.json",
     ),
     "prompt lint {folder}": ("is a folder; give a file such as mine.md",),
     "prompt lint {folder}/binary.txt": ("it is not text in UTF-8",),
+    "train {folder}": ("is a folder; give a YAML file",),
+    "train {folder}/binary.yaml": ("is not valid YAML: it is not UTF-8 text; correct it",),
+    "generate smollm2 ''": ("error: the prompt is empty; give a text",),
     "lab rope-distance theta=abc": ("error: command line: theta='abc'",),
     "lab rope-distance output={folder}": ("holds something else than lab rope-distance",),
 }
@@ -202,7 +205,8 @@ WORDS = {
 @pytest.mark.parametrize("words", WORDS)
 def test_a_mistake_of_a_command_is_told_in_its_only_line(tmp_path, words):
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    for name in ("binary.txt", "binary.yaml"):
+        (tmp_path / name).write_bytes(bytes(range(256)))
     done = easyllm(*shlex.split(words.format(folder=tmp_path)))
     refused(done, *WORDS[words])
     assert done.stderr.startswith("error: ")

@@ -310,3 +310,11 @@ def test_everything_that_the_first_paint_loads_is_below_100_kb(open_page):
         )
         assert len(sizes) > 20
         assert sum(sizes) <= 100_000
+
+
+def test_a_word_agrees_with_its_number(open_page):
+    with open_page() as page:
+        ready(page)
+        said = "import('/assets/js/i18n.js').then(({t}) => t('speedShort', {n: '%s'}))"
+        assert page.evaluate(said % "1") == "1 token"
+        assert page.evaluate(said % "12") == "12 tokens"

@@ -169,9 +169,9 @@ def read_description(folder: Path) -> JsonObject:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise CheckpointError(
-            f"folder {str(folder)!r} contains no {CONFIG}; give the folder an adapter was saved to"
-        )
+        state = "is a file" if folder.is_file() else "does not exist"
+        state = f"contains no {CONFIG}" if folder.is_dir() else state
+        raise CheckpointError(f"{str(folder)!r} {state}; give the folder an adapter was saved to")
     return read_object(path, "copy the adapter again")
 
 

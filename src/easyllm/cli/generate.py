@@ -86,6 +86,8 @@ def generate(
     elif loading.get("draft") is not None:
         raise ConfigError("beam search does not use speculative decoding; leave out --draft")
     guide = guide_of(guided, beams=beam_params is not None)
+    if not prompt:
+        raise ConfigError("the prompt is empty; give a text that the model continues")
     copies = max(params.num_sequences, beams)
     llm = load_llm(
         model,
@@ -105,6 +107,9 @@ def generate(
     every = [done, *done.others]
     for each in every:
         warn_if_cut(each, guide)
+    if not any(each.text for each in every):
+        hint = "" if as_chat else "; to ask it as in a conversation, add --chat"
+        sys.stderr.write(f"note: the model generated no text{hint}\n")
     if json_output:
         tokens = sum(len(each.token_ids) for each in every)
         figures = {"prompt_tokens": len(ids), "tokens_per_s": round(tokens / seconds, 1)}

@@ -167,7 +167,7 @@ def app_for(words: Sequence[str]) -> typer.Typer:
     if first is None:
         return build_app()
     module = next((name for name, commands in COMMANDS.items() if first in commands), None)
-    return build_app(COMMANDS if module is None else [module])
+    return build_app() if module is None else build_app([module])  # an unknown one is refused
 
 
 def __getattr__(name: str) -> typer.Typer:
@@ -215,7 +215,7 @@ def main() -> None:
         try:
             with importing():
                 app = app_for(sys.argv[1:])
-            app()
+            _run(app)
         finally:
             sys.stdout.flush()  # reports a full disk here instead of during interpreter shutdown
     except EasyllmError as error:
@@ -242,6 +242,28 @@ def main() -> None:
         hint = "" if debug else "(run again with --debug for the traceback)\n"
         sys.stderr.write(f"internal error: {type(error).__name__}: {error}\n{hint}")
         sys.exit(1)
+
+
+def _run(app: typer.Typer) -> None:
+    """Runs the application and exits.
+
+    Raises:
+        ConfigError: the command line has an unknown option, or a value that cannot be.
+    """
+    try:
+        code = app(prog_name="easyllm", standalone_mode=False)
+    except typer.Abort:
+        sys.exit(1)
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # typer has printed the help
+            sys.exit(EasyllmError.exit_code)
+        from easyllm.cli.usage import usage_error
+
+        found = usage_error(error, sys.argv[1:])
+        if found is None:
+            raise
+        raise found from error
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _print_any_character() -> None:

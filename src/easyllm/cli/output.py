@@ -2,13 +2,13 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from easyllm.core.json_types import JsonMapping, finite_json
+from easyllm.core.json_types import Json, JsonMapping, finite_json
 from easyllm.core.paths import expanded
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
@@ -61,3 +61,33 @@ def print_pairs(values: JsonMapping) -> None:
     width = max(map(len, values), default=0)
     for name, value in values.items():
         sys.stdout.write(f"{name:<{width}}  {value}\n")
+
+
+def figures_text(figures: JsonMapping) -> dict[str, str]:
+    """Returns figures as text for `print_pairs`, without units in names: 1260912640 → `1.26 GB`.
+
+    >>> figures_text({"peak_rss_bytes": 1260912640, "parts_bytes": {"weights": 2e9}, "steps": 5000})
+    {'peak rss': '1.26 GB', 'parts': 'weights 2.00 GB', 'steps': '5,000'}
+    """
+    found = {}
+    for name, value in figures.items():
+        is_metric = "/" in name  # named as in metrics.jsonl
+        shown = name if is_metric else name.removesuffix("_bytes").replace("_", " ")
+        found[shown] = _figure_text(name, value)
+    return found
+
+
+def _figure_text(name: str, value: Json) -> str:
+    if isinstance(value, Mapping):
+        unit = "_bytes" if name.endswith("_bytes") else ""
+        parts = {
+            inner.replace("_", " "): _figure_text(inner + unit, v) for inner, v in value.items()
+        }
+        return ", ".join(f"{inner} {text}" for inner, text in parts.items())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if name.endswith("_bytes"):
+        return f"{value / 1e9:,.2f} GB"
+    if name.endswith("seconds"):
+        return f"{value:,.1f} s"
+    return f"{value:,}"

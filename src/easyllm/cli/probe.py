@@ -223,14 +223,16 @@ def _experts(
     json_output: bool,
 ) -> None:
     from easyllm.core.atomic import write_atomic
-    from easyllm.core.errors import ConfigError, SourceError
+    from easyllm.core.errors import ConfigError, SourceError, read_failure
     from easyllm.probe import probe_experts
     from easyllm.probe.picture import heat_map
 
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{file} cannot be read as text ({error}); give a text file") from None
+        raise SourceError(
+            f"{file} cannot be read ({read_failure(error)}); give a text file"
+        ) from None
     texts = [tokenizer.encode(line)[:MAX_TOKENS] for line in lines if line.strip()]
     texts = [ids for ids in texts if len(ids) > 1][:MAX_TEXTS]
     if not texts:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from easyllm.cli.next_steps import after_training, print_steps
-from easyllm.cli.output import JsonFlag, Overrides, print_json, print_pairs
+from easyllm.cli.output import JsonFlag, Overrides, figures_text, print_json, print_pairs
 
 Processes = Annotated[
     int,
@@ -96,5 +96,5 @@ def train(
         print_json(result.figures | {"output": str(result.output)})
         return
     figures = {name: value for name, value in result.figures.items() if name != "data"}
-    print_pairs({**figures, "output": result.output})
+    print_pairs(figures_text(figures) | {"output": str(result.output)})
     print_steps(after_training(config, result.output))

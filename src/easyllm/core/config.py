@@ -278,7 +278,7 @@ def _lines(
         key = ".".join(written)
         if problem["type"] == "extra_forbidden":
             known = _fields_at(model, problem["loc"][:-1], values)
-            hint = suggest(str(problem["loc"][-1]), known)
+            hint = _nested_hint(model, problem["loc"], values) or suggest(written[-1], known)
             hint = hint or (f" (known keys: {', '.join(known)})" if known else "")
             lines.append(f"unknown key {key!r}{hint}")
         elif problem["type"] == "missing":
@@ -306,6 +306,20 @@ def _lines(
             prefix = f"{flags[key]} {got}: " if key in flags else prefix
             lines.append(f"{prefix}{message[0].lower()}{message[1:]}")
     return lines
+
+
+def _nested_hint(model: type[BaseModel], place: tuple[int | str, ...], values: JsonMapping) -> str:
+    """Says that an unknown key is one of a nested mapping, if it is; empty otherwise."""
+    *above, name = map(str, place)
+    found: JsonObject = {}
+    here = _value_at(values, above)
+    for outer in _models_at(model, place[:-1], values):
+        for key, field in outer.model_fields.items():
+            value = here.get(key)
+            inner = _registered(field.metadata, value) or _models_in(field.annotation, value)
+            if any(name in each.model_fields for each in inner):
+                found[repr(".".join((*above, key, name)))] = None
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
 def _expected(

@@ -99,6 +99,17 @@ def install(extra: str) -> str:
     return f"in your clone of Easyllm run: pip install '.[{extra}]'"
 
 
+def read_failure(error: Exception) -> str:
+    """Returns why a text file could not be read, without the error number and the path.
+
+    >>> read_failure(FileNotFoundError(2, "No such file or directory", "a.txt"))
+    'No such file or directory'
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Returns `" (did you mean 'x'?)"` for the closest known word, or an empty string.
 

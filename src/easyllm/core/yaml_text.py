@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel
 
-from easyllm.core.errors import ConfigError, SourceError
+from easyllm.core.errors import ConfigError, SourceError, read_failure
 from easyllm.core.json_types import Json, JsonObject
 
 MAX_DEPTH, MAX_VALUES = 100, 1_000_000
@@ -21,12 +21,15 @@ def read_yaml(path: Path) -> JsonObject:
         SourceError: the file does not exist.
         ConfigError: the file is not valid YAML, or its content is not a mapping.
     """
+    if path.is_dir():
+        raise SourceError(f"recipe {str(path)!r} is a folder; name a YAML file")
     if not path.is_file():
         raise SourceError(f"recipe {str(path)!r} does not exist; name a YAML file")
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        reason = " ".join(read_failure(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {reason}; correct it") from None
     if not isinstance(content, dict):
         raise ConfigError(
             f"{path} contains a {type(content).__name__}, expected a mapping of keys to values"

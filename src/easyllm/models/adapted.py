@@ -35,9 +35,11 @@ def split_adapter(
 
     Raises:
         SourceError: both arguments are adapters, or the base model cannot be found.
-        CheckpointError: the adapter's configuration is damaged.
+        CheckpointError: there is no such adapter, or a file of it is damaged.
     """
     if not is_adapter(source):
+        if adapter is not None:
+            _check(expanded(adapter))
         return source, None if adapter is None else expanded(adapter)
     if adapter is not None:
         raise SourceError(
@@ -45,7 +47,15 @@ def split_adapter(
             "one adapter"
         )
     folder = expanded(source)
-    return base_of(folder), folder
+    base = base_of(folder)
+    _check(folder)
+    return base, folder
+
+
+def _check(folder: Path) -> None:
+    from easyllm.models.adapter_files import check_adapter  # imports all methods of adapters
+
+    check_adapter(folder)
 
 
 def base_of(folder: Path) -> str:

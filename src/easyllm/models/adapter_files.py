@@ -3,11 +3,27 @@
 from pathlib import Path
 
 from easyllm.adapters import load_adapter, read_adapter
+from easyllm.adapters.peft_format import CONFIG, WEIGHTS, check_values, read_description
 from easyllm.adapters.peft_whole import HEAD
+from easyllm.checkpoint.store import open_safetensors
 from easyllm.core.errors import ConfigError, EasyllmError
 from easyllm.models.heads import to_classifier
 from easyllm.models.hf_names import hf_module_name
 from easyllm.nn.decoder import Decoder
+
+
+def check_adapter(folder: str | Path) -> None:
+    """Checks, before its base is loaded, that a folder holds an adapter with whole files.
+
+    The values of its tensors are checked when it is loaded.
+
+    Raises:
+        CheckpointError: there is none, or a file is damaged or truncated.
+    """
+    folder = Path(folder)
+    check_values(read_description(folder), folder / CONFIG)
+    with open_safetensors(folder / WEIGHTS):
+        pass
 
 
 def add_adapter(model: Decoder, folder: str | Path, *, name: str = "", base: str = "") -> Decoder:
@@ -65,4 +81,4 @@ def add_adapter(model: Decoder, folder: str | Path, *, name: str = "", base: str
     return model
 
 
-__all__ = ["add_adapter"]
+__all__ = ["add_adapter", "check_adapter"]

@@ -403,11 +403,13 @@ def load_model(
     wanted = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     opened = open_source(source, context=context)
     on = pick_device(device)
-    model = opened.model(wanted, on, quantize=quantize, weight_cache=weight_cache)
     if adapter is None:
-        return model
-    from easyllm.models.adapter_files import add_adapter  # imports all methods of adapters
+        return opened.model(wanted, on, quantize=quantize, weight_cache=weight_cache)
+    # imports all methods of adapters
+    from easyllm.models.adapter_files import add_adapter, check_adapter
 
+    check_adapter(adapter)  # before the base is loaded
+    model = opened.model(wanted, on, quantize=quantize, weight_cache=weight_cache)
     return add_adapter(model, adapter, base=str(source))
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from easyllm.core.errors import ConfigError, suggest
+from easyllm.core.errors import ConfigError, read_failure, suggest
 from easyllm.core.json_types import JsonMapping
 from easyllm.parallel.deepspeed_keys import (
     IGNORED,
@@ -53,10 +53,10 @@ def read_deepspeed(source: Path | JsonMapping, recipe: RecipeValues) -> DeepSpee
         try:
             source = json.loads(source.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
+            reason = read_failure(error)
             raise ConfigError(
-                f"the DeepSpeed configuration {str(source)!r} cannot be read ({reason}); give the "
-                "path of a ds_config.json"
+                f"the DeepSpeed configuration {str(source)!r} cannot be read as JSON ({reason}); "
+                "give the path of a ds_config.json"
             ) from None
     if not isinstance(source, Mapping):
         raise ConfigError("a DeepSpeed configuration is a JSON object; give a ds_config.json")

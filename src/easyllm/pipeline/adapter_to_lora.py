@@ -30,11 +30,13 @@ def adapter_to_lora(
         The conversion, with the error of each layer.
 
     Raises:
+        SourceError: `source` does not exist.
         ConfigError: `source` is not an adapter, or the adapter cannot become LoRA.
         OutputError: `folder` is not empty or cannot be written.
     """
     base, found = split_adapter(source, adapter)
     if found is None:
+        locate(source)
         raise ConfigError(
             f"--lora-rank converts an adapter, but {str(source)!r} is a model; give the folder of "
             "an adapter"

@@ -27,7 +27,7 @@ from easyllm.verify.export_gate import (
     run_gate,
     served,
 )
-from easyllm.verify.gate_text import gate_text
+from easyllm.verify.gate_text import gate_text, read_text
 
 PAGE_TOKENS = 16
 
@@ -75,9 +75,12 @@ def merge_adapter(
     Raises:
         GateError: the result differs from the adapter, and `keep` is not set.
         ConfigError: the adapter cannot be merged; nothing is written then.
+        DataError: the text cannot be read.
         OutputError: `folder` is not empty or cannot be written.
     """
     weights = parse_dtype(dtype)
+    if text is not None:
+        read_text(text)  # a wrong path is reported before the model is loaded
     with atomic_directory(folder) as work:
         state = _Merge(source, adapter, work, weights)
         check_mergeable(state.model)

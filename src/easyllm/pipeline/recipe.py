@@ -242,8 +242,9 @@ def find_recipe(name: str) -> Path:
     shipped = {p.stem: p for p in sorted(recipes_folder().glob("*.yaml"))}
     if path.stem in shipped and (path.name == path.stem or path.parent.name == "recipes"):
         return shipped[path.stem]
+    state = "is a folder" if path.is_dir() else "does not exist"
     raise SourceError(
-        f"recipe {name!r} does not exist{suggest(name, shipped)}; give a YAML file or one of "
+        f"recipe {name!r} {state}{suggest(name, shipped)}; give a YAML file or one of "
         f"{', '.join(shipped)}"
     )
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from easyllm.core.errors import SourceError, suggest
+from easyllm.core.errors import SourceError, read_failure, suggest
 from easyllm.prompt.structured import StructuredPrompt, parse, render
 
 _SOURCE = re.compile(r"[\w./~\\:-]+|.*\.(?:md|txt)", re.ASCII)
@@ -29,9 +29,9 @@ def read_prompt_text(source: str) -> str:
         try:
             return path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
             raise SourceError(
-                f"the prompt {source!r} cannot be read ({reason}); give a text file in UTF-8"
+                f"the prompt {source!r} cannot be read ({read_failure(error)}); give a text file "
+                "in UTF-8"
             ) from None
     names = prompt_names()
     if source not in names and path.exists():

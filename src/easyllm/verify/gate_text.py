@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from easyllm.core.errors import DataError
+from easyllm.core.errors import DataError, read_failure
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 PASSAGES = (
@@ -43,6 +43,8 @@ PASSAGES = (
 )
 MAX_TOKENS, LONGEST, SHORT = 2048, 256, 64
 """The most tokens of a comparison, of a sequence, and of a single passage."""
+MAX_CHARACTERS = 2**18
+"""The most characters that are read of a file: far more than the tokens above have."""
 MAX_LOGIT_BYTES = 2**28
 """The logits of two models are kept in memory, in fp32; with a large vocabulary, fewer tokens are
 compared."""
@@ -91,7 +93,7 @@ def gate_text(
     """
     longest = max(1, min(LONGEST, max_seq_len - 1))  # an engine needs space for one more token
     limit = max(longest, min(MAX_TOKENS, MAX_LOGIT_BYTES // (4 * vocab_size)))
-    passages = PASSAGES if path is None else (_read(path),)
+    passages = PASSAGES if path is None else (read_text(path),)
     source = "built-in text" if path is None else str(path)
     if tokenizer is None:
         return _random(limit, longest, vocab_size, seed, "the base has no tokenizer")
@@ -130,16 +132,23 @@ def _random(limit: int, longest: int, vocab_size: int, seed: int, reason: str) -
     )
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Returns the beginning of a text file, of which no more is compared.
+
+    Raises:
+        DataError: the file cannot be read as text, or is empty.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"the text {str(path)!r} cannot be read ({error}); give a text file in UTF-8"
+            f"the text {str(path)!r} cannot be read ({read_failure(error)}); give a text file in "
+            "UTF-8"
         ) from None
     if not text.strip():
         raise DataError(f"the text {str(path)!r} is empty; give a file with some paragraphs")
     return text
 
 
-__all__ = ["GateText", "gate_text"]
+__all__ = ["GateText", "gate_text", "read_text"]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from typer.models import OptionInfo
 
 from easyllm.cli.options import FlagGroup, Values, checked_flags, option, with_flags
-from easyllm.cli.output import print_json
+from easyllm.cli.output import figures_text, print_json
 from easyllm.cli.sampling import LOADING, SAMPLING
 from easyllm.core.errors import ConfigError
 from easyllm.engine.params import SamplingParams
@@ -139,3 +139,20 @@ def test_a_mistake_is_named_by_its_flag():
     assert "--called 'long name': " in str(raised.value)
     with pytest.raises(ConfigError, match=r"^options: unknown key 'top'"):
         checked_flags(Bounded, {"top": 1}, group)
+
+
+def test_figures_for_people_have_units():
+    figures = {
+        "peak_rss_bytes": 1260912640,
+        "predicted_bytes": {"weights": 2e9, "peak": "loss"},
+        "predicted_seconds": 1.25,
+        "tokens": 5000,
+        "eval/loss_nats": 1.5,
+    }
+    assert figures_text(figures) == {
+        "peak rss": "1.26 GB",
+        "predicted": "weights 2.00 GB, peak loss",
+        "predicted seconds": "1.2 s",
+        "tokens": "5,000",
+        "eval/loss_nats": "1.5",
+    }

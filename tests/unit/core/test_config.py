@@ -415,7 +415,7 @@ def test_the_error_for_yaml_without_a_mapping_names_its_type(tmp_path, text, kin
 def test_a_missing_file_is_a_source_error(tmp_path):
     with pytest.raises(SourceError, match=r"nothing\.yaml' does not exist"):
         load_config(TrainConfig, tmp_path / "nothing.yaml")
-    with pytest.raises(SourceError, match="does not exist"):
+    with pytest.raises(SourceError, match="is a folder; name a YAML file"):
         read_yaml(tmp_path)
 
 
@@ -462,3 +462,21 @@ def test_the_json_schema_names_the_fields():
     schema = json_schema(TrainConfig)
     assert set(schema["properties"]) == set(TrainConfig.model_fields)
     assert math.isclose(schema["$defs"]["AdamWConfig"]["properties"]["eps"]["default"], 1e-8)
+
+
+class _Inner(Config):
+    rate: float = 0.1
+
+
+class _Outer(Config):
+    optimizer: _Inner = _Inner()
+    epochs: int = 1
+
+
+def test_an_unknown_key_of_a_nested_mapping_is_found_there():
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'rate' \(did you mean 'optimizer.rate'\?\)"
+    ):
+        validate(_Outer, {"rate": 1}, source="recipe.yaml")
+    with pytest.raises(ConfigError, match=r"unknown key 'epoch' \(did you mean 'epochs'\?\)"):
+        validate(_Outer, {"epoch": 1}, source="recipe.yaml")

@@ -201,5 +201,5 @@ def test_the_table_has_a_line_for_each_key():
 
 def test_an_unreadable_file_is_a_sentence(tmp_path):
     (tmp_path / "ds.json").write_text("{")
-    with pytest.raises(ConfigError, match="it is not JSON"):
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
         read_deepspeed(tmp_path / "ds.json", RECIPE)

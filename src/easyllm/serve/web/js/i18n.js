@@ -7,11 +7,14 @@ const WORDS = { en, zh };
 const listeners = [];
 export let language = "en";
 
-/** Returns the text of a key, with values in place of `{name}`. */
+/** Returns the text of a key, with values in place of `{name}`; of `{name:one|many}`, the word
+ * that agrees with the number. */
 export function t(key, values = {}) {
   const text = WORDS[language][key] ?? WORDS.en[key];
   if (text === undefined) throw new Error("no text has the key " + key);
-  return text.replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
+  return text.replace(/\{(\w+)(?::(\w+)\|(\w+))?\}/g, (_, name, one, many) =>
+    one === undefined ? (values[name] ?? "") : String(values[name]) === "1" ? one : many,
+  );
 }
 
 /** Writes the texts of an element and of all elements in it. */
