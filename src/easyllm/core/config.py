@@ -167,8 +167,8 @@ def _describe(
     givers = _ValueOrigins(model, source, overrides)
     places = [givers.of(problem, values) for problem in problems]
     if len(lines) == 1:
-        is_flag = ".".join(_user_path(problems[0], values)) in flags
-        return lines[0] if is_flag else f"{places[0]}: {lines[0]}"
+        by_flag = ".".join(_user_path(problems[0], values)) in flags
+        return lines[0] if by_flag else f"{places[0]}: {lines[0]}"
     if len(set(places)) == 1:
         return f"{places[0]}: {len(lines)} mistakes\n  - " + "\n  - ".join(lines)
     told = [f"{place}: {line}" for place, line in zip(places, lines, strict=True)]
@@ -312,10 +312,9 @@ def _nested_hint(model: type[BaseModel], place: tuple[int | str, ...], values: J
     """Says that an unknown key is one of a nested mapping, if it is; empty otherwise."""
     *above, name = map(str, place)
     found: JsonObject = {}
-    here = _value_at(values, above)
     for outer in _models_at(model, place[:-1], values):
         for key, field in outer.model_fields.items():
-            value = here.get(key)
+            value = _value_at(values, above).get(key)
             inner = _registered(field.metadata, value) or _models_in(field.annotation, value)
             if any(name in each.model_fields for each in inner):
                 found[repr(".".join((*above, key, name)))] = None
