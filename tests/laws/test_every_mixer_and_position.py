@@ -14,6 +14,7 @@ from easyllm.examples.sample import Sample
 from easyllm.nn.config import (
     AttentionConfig,
     GLUConfig,
+    LatentAttentionConfig,
     LayerConfig,
     LayerNormConfig,
     LinearAttentionConfig,
@@ -115,6 +116,10 @@ FEED_FORWARDS = {
     "moe, top-k before softmax": MoEConfig(**MOE, routing="topk_softmax"),
     "moe, shared expert": MoEConfig(**MOE, shared=GLU),
     "moe, gated shared expert": MoEConfig(**MOE, shared=GLU, shared_gate=True),
+    "moe, groups": MoEConfig(**MOE, num_groups=2, groups_per_token=1, scale=1.5),
+    "moe, sigmoids with a bias": MoEConfig(
+        **MOE, routing="sigmoid_topk", selection_bias=True, num_groups=2, group_score="best_two"
+    ),
 }
 NORMS = {
     "rms": RMSNormConfig(),
@@ -123,6 +128,16 @@ NORMS = {
     "layer norm, no bias": LayerNormConfig(bias=False),
 }
 ATTENTION = AttentionConfig(**attention())
+WIDTHS = {"num_heads": 4, "kv_rank": 12, "nope_dim": 6, "rope_dim": 4, "value_dim": 7}
+LATENT = {
+    "latent": {},
+    "latent, latent queries, biases": {"q_rank": 10, "bias": True},
+    "latent, wide values, yarn": {
+        "value_dim": 15,
+        "mscale": 0.7,
+        "position": Rope(scaling=YarnScaling(factor=4.0, original_max_seq_len=16)),
+    },
+}
 
 
 def model_config(*mixers, feed_forward=GLU, norm_placement="pre", **options):
@@ -160,6 +175,13 @@ def linear_variants():
     return {
         name: model_config(LinearAttentionConfig(num_heads=2, head_dim=8, **options))
         for name, options in LINEAR.items()
+    }
+
+
+def latent_variants():
+    return {
+        name: model_config(LatentAttentionConfig(**WIDTHS | options))
+        for name, options in LATENT.items()
     }
 
 
@@ -217,6 +239,7 @@ CAUSAL = {
     **softmax_variants(ROPES | SCORE_POSITIONS),
     **embedded_variants(),
     **linear_variants(),
+    **latent_variants(),
     **layer_variants(),
 }
 STREAMING = {
@@ -237,6 +260,8 @@ def build(config):
     for name, parameter in model.named_parameters():
         low, high = (0.5, 1.5) if "norm" in name and name.endswith("weight") else (-0.7, 0.7)
         torch.nn.init.uniform_(parameter, low, high, generator=generator)
+    for buffer in model.buffers():
+        torch.nn.init.uniform_(buffer, generator=generator)
     return model.requires_grad_(False).eval()
 
 

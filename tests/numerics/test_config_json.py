@@ -28,7 +28,8 @@ GPT2_SIZES = {"vocab_size": 211, "n_embd": 64, "n_layer": 2, "n_head": 4}
 
 def sizes_of(model_type):
     """Returns the keys that a `config.json` must contain: the sizes of its tensors."""
-    return {"model_type": model_type} | (GPT2_SIZES if model_type == "gpt2" else SIZES)
+    more = {"num_experts_per_tok": 4} if model_type == "deepseek_v2" else {}  # it has no default
+    return {"model_type": model_type} | (GPT2_SIZES if model_type == "gpt2" else SIZES | more)
 
 
 def written_by_hf(values):
@@ -90,6 +91,16 @@ NEUTRAL = {
     "sliding_window": "without a window",
     "use_sliding_window": "without a window",
 }
+NEUTRAL_FOR_DEEPSEEK = {
+    "head_dim": "a copy of qk_rope_head_dim",
+    "num_key_value_heads": "latent attention has none",
+    "num_mtp_layers": "tokens beyond the next, which are not predicted",
+    "num_nextn_predict_layers": "the same in published files",
+    "qk_head_dim": "the sum of two others",
+    "intermediate_size": "without a dense layer",
+    "n_group": "without groups",
+    "topk_group": "without groups",
+}
 OTHER_VALUES = {
     "hidden_act": "relu",
     "hidden_activation": "gelu",
@@ -137,6 +148,7 @@ def test_no_key_of_transformers_is_ignored(model_type):
         except ValueError as error:
             refused.append((key, str(error)))
     allowed = NEUTRAL.keys() | ({"intermediate_size"} if "moe" in model_type else set())
+    allowed |= NEUTRAL_FOR_DEEPSEEK.keys() if model_type.startswith("deepseek") else set()
     assert set(ignored) <= allowed
     unnamed = [
         (key, reason) for key, reason in refused if key not in reason and "num_" not in reason

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from easyllm.models import load_model, save_model
 from easyllm.models.families import FAMILIES
-from tiny_hf import EXPERTS, LLAMA3, YARN, tiny_hf
+from tiny_hf import DEEPSEEK, EXPERTS, LLAMA3, YARN, tiny_hf
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 
@@ -61,6 +61,33 @@ VARIANTS = {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             },
         },
+    ),
+    "deepseek_v2": ("deepseek_v2", DEEPSEEK | {"q_lora_rank": None}),
+    "deepseek_v2 groups, yarn": (
+        "deepseek_v2",
+        DEEPSEEK
+        | {
+            "topk_method": "group_limited_greedy",
+            "n_group": 3,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "attention_bias": True,
+            "rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4},
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        DEEPSEEK
+        | {
+            "n_group": 3,
+            "topk_group": 2,
+            "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "deepseek_v3 half-split": (
+        "deepseek_v3",
+        DEEPSEEK
+        | {"n_group": 1, "topk_group": 1, "rope_interleave": False, "norm_topk_prob": False},
     ),
     "phi3": ("phi3", {}),
     "phi3 partial, window": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": 9}),

@@ -224,8 +224,9 @@ def kv_shape(model: ModelConfig) -> tuple[int, int]:
             i for i, layer in enumerate(model.layers) if layer.mixer not in mixers
         )  # the first layer without attention
         raise ConfigError(
-            f"prefix tuning needs keys and values in every layer, but layer {number} is linear "
-            "attention, which has none; use adapter.kind=prompt or ptuning"
+            f"prefix tuning needs keys and values in every layer, but layer {number} is "
+            f"{model.layers[number].mixer.kind.replace('_', ' ')}, which has none; use "
+            "adapter.kind=prompt or ptuning"
         )
     shapes = {(m.num_kv_heads, m.head_dim): None for m in mixers}
     if len(shapes) > 1:

@@ -217,7 +217,7 @@ class _DecodeStore:
         layer: int,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         rule: AttentionRule,
         prefix_lengths: tuple[int, ...] | None = None,  # noqa: ARG002 - decoding has no prefix
     ) -> Tensor:
@@ -226,6 +226,7 @@ class _DecodeStore:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         assert isinstance(keys, Tensor), "unsupported_reason() excludes quantized keys"
         assert isinstance(values, Tensor), "unsupported_reason() excludes quantized values"
+        assert v is not None, "unsupported_reason() excludes latent attention"
         write_pages(keys, k, self.pages, self.slots)
         write_pages(values, v, self.pages, self.slots)
         return decode_attention(
@@ -251,7 +252,7 @@ def _layer_unsupported_reason(
     if isinstance(config.feed_forward, MoEConfig):
         return "a mixture of experts, whose tensor shapes depend on the routing"
     if not isinstance(config.mixer, AttentionConfig) or keys is None or values is None:
-        return "linear attention"
+        return config.mixer.kind.replace("_", " ")
     position = config.mixer.position
     if isinstance(position, Rope) and isinstance(position.scaling, DynamicNTKScaling):
         return "RoPE frequencies that change with the length (dynamic NTK)"

@@ -12,7 +12,7 @@ from torch import Tensor
 from easyllm.core.device import parse_dtype
 from easyllm.core.errors import ConfigError
 from easyllm.engine.page_table import Copies
-from easyllm.nn.config import AttentionConfig, ModelConfig
+from easyllm.nn.config import AttentionConfig, LatentAttentionConfig, ModelConfig
 from easyllm.nn.context import RecurrentStep
 from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.paged_attention import (
@@ -39,7 +39,8 @@ class KVCache:
 
     Attributes:
         keys, values: pages [P, K, page_size, d] for each layer; None for layers with a recurrent
-            state.
+            state. Latent attention has one head of latent vectors, which are keys and values: its
+            `values` are None.
         spare_page: on a GPU, the number of an extra page that no sequence uses, to which padding
             rows of a batch write; None otherwise.
     """
@@ -57,15 +58,15 @@ class KVCache:
         self.keys: list[Pages | None] = []
         self.values: list[Pages | None] = []
         for layer in config.layers:
-            mixer = layer.mixer
-            if not isinstance(mixer, AttentionConfig):
-                self.keys.append(None)
-                self.values.append(None)
-                continue
+            mixer, keys, values = layer.mixer, None, None
             pages = num_pages + (self.spare_page is not None)
-            shape = (pages, mixer.num_kv_heads, page_size, mixer.head_dim)
-            self.keys.append(new_pages(shape, dtype, device))
-            self.values.append(new_pages(shape, dtype, device))
+            if isinstance(mixer, AttentionConfig):
+                shape = (pages, mixer.num_kv_heads, page_size, mixer.head_dim)
+                keys, values = (new_pages(shape, dtype, device) for _ in "kv")
+            elif isinstance(mixer, LatentAttentionConfig):
+                keys = new_pages((pages, 1, page_size, mixer.cache_dim), dtype, device)
+            self.keys.append(keys)
+            self.values.append(values)
         self._num_layers = config.num_layers
         self._states: dict[int, list[Any]] = {}
 
@@ -140,7 +141,9 @@ def cache_format(wanted: str | None, usual: torch.dtype) -> torch.dtype | str:
 
 def cache_itemsize(config: ModelConfig, kept_as: torch.dtype | str) -> float:
     """Returns the bytes per cache element, including scales (for the smallest head_dim)."""
-    dims = [x.mixer.head_dim for x in config.layers if isinstance(x.mixer, AttentionConfig)]
+    mixers = [layer.mixer for layer in config.layers]
+    dims = [m.head_dim for m in mixers if isinstance(m, AttentionConfig)]
+    dims += [m.cache_dim for m in mixers if isinstance(m, LatentAttentionConfig)]
     return element_bytes(kept_as, min(dims, default=1))
 
 
@@ -187,17 +190,20 @@ class PagedStore:
         layer: int,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         rule: AttentionRule,
         prefix_lengths: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Writes `k, v: [T, K, d]` into their pages, and attends over each sequence's pages."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         assert keys is not None, "a layer of softmax attention has pages of keys"
-        assert values is not None, "a layer of softmax attention has pages of values"
+        assert (values is None) == (v is None), "a layer has values of its own, or none"
         table, pages, slots = self._on(q.device)
         write_pages(keys, k, pages, slots)
-        write_pages(values, v, pages, slots)
+        if v is None or values is None:
+            v, values = k, keys
+        else:
+            write_pages(values, v, pages, slots)
         pages_only = self.paged_only or not isinstance(keys, Tensor) or keys.dtype != k.dtype
         return paged_attention(
             q,

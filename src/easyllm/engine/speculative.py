@@ -14,7 +14,12 @@ from typing import Protocol
 from easyllm.core.errors import ConfigError
 from easyllm.engine.generation import Generation
 from easyllm.engine.sampling import Draft
-from easyllm.nn.config import AttentionConfig, LinearAttentionConfig, ModelConfig
+from easyllm.nn.config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LinearAttentionConfig,
+    ModelConfig,
+)
 from easyllm.nn.position_config import DynamicNTKScaling, Rope
 
 
@@ -120,7 +125,6 @@ def keys_depend_on_length(config: ModelConfig) -> bool:
 
     Such keys cannot be reused by a pass of another length.
     """
-    ropes = [
-        layer.mixer.position for layer in config.layers if isinstance(layer.mixer, AttentionConfig)
-    ]
+    mixers = (layer.mixer for layer in config.layers)
+    ropes = [m.position for m in mixers if isinstance(m, AttentionConfig | LatentAttentionConfig)]
     return any(isinstance(r, Rope) and isinstance(r.scaling, DynamicNTKScaling) for r in ropes)

@@ -92,7 +92,7 @@ def _layer_unsupported_reason(layer: LayerConfig, module: DecoderLayer) -> str |
     if not isinstance(feed_forward, GLUConfig) or feed_forward.activation != "silu":
         return "a feed-forward other than a GLU with SiLU"
     if not isinstance(mixer, AttentionConfig):
-        return "linear attention"
+        return mixer.kind.replace("_", " ")
     if mixer.logn_length is not None:
         return "attention with log-n scaling"
     reason = _position_unsupported_reason(mixer)

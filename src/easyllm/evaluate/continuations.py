@@ -17,7 +17,7 @@ from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
 from easyllm.core.sequences import num_equal
 from easyllm.examples.sample import Sample
-from easyllm.nn.config import AttentionConfig
+from easyllm.nn.config import AttentionConfig, LatentAttentionConfig
 from easyllm.nn.context import ForwardContext, RecurrentStep
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.attention import attend_segment
@@ -91,7 +91,8 @@ def can_share_prefixes(model: Decoder) -> bool:
     attention are not shared either.
     """
     config = model.config
-    attends = all(isinstance(layer.mixer, AttentionConfig) for layer in config.layers)
+    kinds = AttentionConfig | LatentAttentionConfig
+    attends = all(isinstance(layer.mixer, kinds) for layer in config.layers)
     plain = config.is_length_invariant and not config.has_experts and config.prompt_mask != "prefix"
     return attends and plain and model.num_virtual_tokens == 0
 
@@ -153,7 +154,7 @@ class PrefixTree:
         layer: int,  # noqa: ARG002 - keys are needed within a layer only
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         rule: AttentionRule,
         prefix_lengths: tuple[int, ...] | None = None,
     ) -> Tensor:
@@ -163,7 +164,8 @@ class PrefixTree:
         for rows, count in self.branches:
             own = slice(start, start + count)
             alone = len(rows) == count
-            keys, values = (y[own] if alone else y.index_select(0, rows) for y in (k, v))
+            parts = (k, k if v is None else v)
+            keys, values = (y[own] if alone else y.index_select(0, rows) for y in parts)
             out[own] = attend_segment(q[own], keys, values, rule)
             start += count
         return out

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from easyllm.core.errors import CheckpointError, ConfigError, suggest
 from easyllm.core.json_types import Json, JsonObject
 from easyllm.core.progress import Progress
 from easyllm.models.families import family_named
-from easyllm.models.families.gguf_layout import ROPE_FACTORS
+from easyllm.models.families.gguf_layout import ROPE_FACTORS, Divided
 from easyllm.models.families.gguf_write import rope_factors
 from easyllm.models.hf_config import write_config
 from easyllm.models.hf_names import keymap_of
@@ -223,7 +224,8 @@ class _FileTensor:
                 stored = tensor.to(FULL[self.type]).contiguous()
                 found.append(stored.flatten().view(torch.uint8))
             else:
-                found.append(quantize_blocks(tensor, TYPES[self.type], importance).flatten())
+                rows = tensor.flatten(0, -2)
+                found.append(quantize_blocks(rows, TYPES[self.type], importance).flatten())
         return torch.cat(found).view(self.stored_shape)
 
 
@@ -260,7 +262,7 @@ class _Plan:
         self._keys = family.write_gguf(self._hf)
         self._state = {
             name: parameter.detach()
-            for name, parameter in model.named_parameters()
+            for name, parameter in chain(model.named_parameters(), model.named_buffers())
             if "adapter" not in name.split(".")  # merged before the file is written
         }
         self._keymap = keymap_of(model.config, gguf=True)
@@ -281,7 +283,8 @@ class _Plan:
         """Yields the tensors."""
         stacks = dict[str, list[Binding]]()
         for binding in self._keymap.bindings(self._state):
-            stacks.setdefault(self._name(binding.theirs), []).append(binding)
+            for theirs in self._stored_names(binding.theirs):
+                stacks.setdefault(self._name(theirs), []).append(binding)
         for name, bindings in stacks.items():
             # transforms also work on the meta device, so that no value is computed for a shape
             shape = tuple(self._converted(bindings[0], name, device="meta").shape)
@@ -321,8 +324,25 @@ class _Plan:
         """Returns a tensor in the file's row order, fp32."""
         parts = [self._state[ours].to(device, torch.float32) for ours in binding.ours]
         joined = binding.rule.join(parts)
-        convert = self.layout.untransforms.get(_template(name.rpartition(".")[0]))
+        template = _template(name.rpartition(".")[0])
+        divided = self._divided(binding.theirs)
+        if divided is not None:
+            number = list(divided.parts).index(self.layout.names[template])
+            joined = divided.rule(self._hf).split(joined)[number]
+        convert = self.layout.untransforms.get(template)
         return joined if convert is None else convert(joined, self._hf)
+
+    def _divided(self, theirs: str) -> Divided | None:
+        """Returns how the file divides a tensor with this Hugging Face name, or None."""
+        return self.layout.divided.get(_template(theirs.rpartition(".")[0]))
+
+    def _stored_names(self, theirs: str) -> list[str]:
+        """Returns the HF-like names of the tensors that hold a tensor of a Hugging Face file."""
+        divided = self._divided(theirs)
+        if divided is None:
+            return [theirs]
+        number = NUMBER.findall(theirs)[0]
+        return [f"{part.replace('{i}', number)}.weight" for part in divided.parts]
 
     def _name(self, theirs: str) -> str:
         """Returns the name in the file of a tensor with this Hugging Face name.

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from easyllm.checkpoint.gguf import GGUFFile
 from easyllm.checkpoint.gguf_parts import SplitGGUF
-from easyllm.checkpoint.keymap import Binding, Converted
+from easyllm.checkpoint.keymap import Binding, Converted, Fused
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.models.families import layout_of
-from easyllm.models.families.gguf_layout import GGUFMetadata, Transform
+from easyllm.models.families.gguf_layout import GGUFLayout, GGUFMetadata, Transform
 from easyllm.tokenizer.from_gguf import end_ids_from_gguf, token_id_from_gguf
 
 PLAIN_TYPES = ("F32", "F16", "BF16", "F64")
@@ -93,6 +93,7 @@ class GGUFTensors:
                     shape = place.shape[1:] if stacked else place.shape
                     self._sources[hf] = name, transform, part
                     self.shapes[hf] = _shape(shape, transform, config)
+        self._joins = self._find_joins(layout)
         if unknown:
             named = ", ".join(unknown[:MAX_NAMED]) + (" ..." if len(unknown) > MAX_NAMED else "")
             raise CheckpointError(
@@ -101,11 +102,28 @@ class GGUFTensors:
                 "supported"
             )
 
+    def _find_joins(self, layout: GGUFLayout) -> dict[str, tuple[Fused, tuple[str, ...]]]:
+        """Presents the parts of divided matrices as one; returns rule and parts by HF name."""
+        found = {}
+        for template, divided in layout.divided.items():
+            rule = divided.rule(self._config)
+            for i in range(self._config["num_hidden_layers"]):
+                parts = tuple(f"{part.replace('{i}', str(i))}.weight" for part in divided.parts)
+                if not all(part in self.shapes for part in parts):
+                    continue
+                shapes = [self.shapes.pop(part) for part in parts]
+                name = f"{template.replace('{i}', str(i))}.weight"
+                found[name] = rule, parts
+                self.shapes[name] = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return found
+
     def block_type(self, name: str) -> str | None:
         """Returns the type, in lower case, of a matrix that the file stores in blocks.
 
         None for other types, and where the family's layout does more than move rows.
         """
+        if name in self._joins:
+            return None
         theirs, transform, part = self._sources[name]
         place = self._file.tensors[theirs]
         shape = place.shape if part is None else place.shape[1:]
@@ -139,6 +157,9 @@ class GGUFTensors:
 
     def load(self, name: str) -> Tensor:
         """Loads the tensor with the HF name `name`, in fp32."""
+        if name in self._joins:
+            rule, parts = self._joins[name]
+            return rule.join([self.load(each) for each in parts])
         theirs, transform, part = self._sources[name]
         tensor = self._file.load(theirs, torch.float32, part=part)
         return tensor if transform is None else transform(tensor, self._config)

@@ -46,8 +46,8 @@ def pool_kv_heads(model: Decoder, num_kv_heads: int) -> Decoder:
 def _poolable(mixer: object, num_kv_heads: int) -> AttentionConfig:
     if not isinstance(mixer, AttentionConfig):
         raise ConfigError(
-            "linear attention does not share key-value heads; only softmax attention can be "
-            "converted to grouped-query attention"
+            "linear and latent attention do not share key-value heads; only softmax attention can "
+            "be converted to grouped-query attention"
         )
     have = mixer.num_kv_heads
     if num_kv_heads < 1 or have % num_kv_heads:

@@ -145,6 +145,7 @@ class OpenSource:
         source = self.tensors.reopened() if isinstance(self.tensors, TensorFolder) else self.tensors
         rounded = {} if quantize is None else self.packed_layers(model, quantize)
         layers = {f"{name}.weight": layer for name, layer in model.weight_modules()}
+        fp32 = {name for name, _ in model.named_buffers()}  # a bias that selects experts
         state, packed = dict[str, Tensor](), list[Binding]()
         for binding in self.check(model):
             if binding.packed:
@@ -161,7 +162,9 @@ class OpenSource:
                 )
             parts = binding.rule.split(loaded)
             for name, part in zip(binding.ours, parts, strict=True):
-                weight = part.to(device=device, dtype=dtype or part.dtype)
+                kept = dtype or part.dtype
+                kept = torch.promote_types(kept, torch.float32) if name in fp32 else kept
+                weight = part.to(device=device, dtype=kept)
                 if name in rounded:
                     layer, format = rounded[name]
                     layer.store(quantize_weight(weight, format, name))

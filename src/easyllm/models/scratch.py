@@ -14,7 +14,7 @@ from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.models.families import FAMILIES
 from easyllm.models.families.family import read_token_ids
 from easyllm.models.hf_config import read_config
-from easyllm.nn.config import AttentionConfig, LinearAttentionConfig, ModelConfig
+from easyllm.nn.config import LatentAttentionConfig, ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -284,7 +284,8 @@ def _check_width(values: JsonMapping, config: ModelConfig) -> None:
     """Checks that the heads divide the width evenly, unless a head dimension was given."""
     for layer in config.layers:
         mixer = layer.mixer
-        assert isinstance(mixer, AttentionConfig | LinearAttentionConfig)
+        if isinstance(mixer, LatentAttentionConfig):  # its widths are given
+            continue
         width, heads = config.hidden_size, mixer.num_heads
         given = config.family == PARTS or values.get("head_dim") is not None
         if not given and width % heads and mixer.head_dim == width // heads:

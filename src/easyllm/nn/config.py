@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -26,6 +27,7 @@ from easyllm.nn.position_config import (
     Rope,
     Sinusoidal,
     StreamingRope,
+    YarnScaling,
 )
 
 # ---- norms
@@ -174,6 +176,60 @@ class LinearAttentionConfig(Config):
         return self
 
 
+class LatentAttentionConfig(Config):
+    """Multi-head latent attention, MLA (DeepSeek-V2: arXiv 2405.04434, section 2.1).
+
+    Keys and values are projected up from one latent vector per token. The cache stores that vector
+    and a rotated key that all heads share: kv_rank + rope_dim numbers for each token.
+    """
+
+    kind: Literal["latent_attention"] = "latent_attention"
+    num_heads: PositiveInt = Field(description="Number of heads.")
+    q_rank: PositiveInt | None = Field(
+        default=None,
+        description="Width of the latent vector of queries; null projects queries directly.",
+    )
+    kv_rank: PositiveInt = Field(description="Width of the latent vector of keys and values.")
+    nope_dim: PositiveInt = Field(
+        description="Width of the part of a head's query and key that has no position."
+    )
+    rope_dim: PositiveInt = Field(description="Width of the rotated part of a query and key.")
+    value_dim: PositiveInt = Field(description="Width of a head's value.")
+    position: Rope = Field(default=Rope(interleaved=True), description="RoPE of the rotated part.")
+    norm: RMSNormConfig = Field(
+        default=RMSNormConfig(eps=1e-6), description="Norm of the latent vectors."
+    )
+    bias: bool = Field(
+        default=False,
+        description="Whether the projections to latent vectors and the output have a bias.",
+    )
+    mscale: NonNegativeFloat = Field(
+        default=0.0,
+        description="m in the factor (0.1 m ln(factor) + 1)² on the scores with YaRN scaling "
+        "(`mscale_all_dim` of DeepSeek); 0 for none.",
+    )
+    causal: bool = Field(
+        default=True, description="Whether a token sees only itself and earlier tokens."
+    )
+
+    @property
+    def query_dim(self) -> int:
+        """Width of a head's query and key."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def cache_dim(self) -> int:
+        """Number of cached elements per token."""
+        return self.kv_rank + self.rope_dim
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LatentAttentionConfig":
+        check_rotary(self.position, self.rope_dim)
+        if self.mscale and not isinstance(self.position.scaling, YarnScaling):
+            raise ValueError(f"mscale={self.mscale} needs YaRN scaling; set mscale to 0")
+        return self
+
+
 def check_rotary(position: Config, head_dim: int) -> None:
     """Checks that a rotary position embedding matches the width of a head.
 
@@ -196,7 +252,9 @@ def check_rotary(position: Config, head_dim: int) -> None:
         raise ValueError(f"head_dim={head_dim} must be even for {position.kind}")
 
 
-Mixer = Annotated[AttentionConfig | LinearAttentionConfig, Field(discriminator="kind")]
+Mixer = Annotated[
+    AttentionConfig | LatentAttentionConfig | LinearAttentionConfig, Field(discriminator="kind")
+]
 
 # ---- layers and models
 
@@ -344,6 +402,7 @@ __all__ = [
     "AttentionConfig",
     "FeedForward",
     "GLUConfig",
+    "LatentAttentionConfig",
     "LayerConfig",
     "LayerNormConfig",
     "LinearAttentionConfig",

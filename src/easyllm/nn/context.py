@@ -27,11 +27,14 @@ class KeyValueStore(Protocol):
         layer: int,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         rule: AttentionRule,
         prefix_lengths: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Stores `k`, `v: [T, K, d]` of `layer`; returns the output for `q: [T, H, d]`."""
+        """Stores `k`, `v: [T, K, d]` of `layer`; returns the output for `q: [T, H, d]`.
+
+        Without `v` the keys are the values, too, and only they are stored.
+        """
 
     def recur(self, layer: int, step: "RecurrentStep", *inputs: Tensor) -> Tensor:
         """Runs `step` on each sequence's inputs, starting from the sequence's last state."""

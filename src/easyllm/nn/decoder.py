@@ -17,12 +17,20 @@ from torch import Tensor, nn
 
 from easyllm.core.errors import ConfigError
 from easyllm.nn.attention import Attention
-from easyllm.nn.config import AttentionConfig, LayerConfig, LinearAttentionConfig, ModelConfig
+from easyllm.nn.config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LayerConfig,
+    LinearAttentionConfig,
+    Mixer,
+    ModelConfig,
+)
 from easyllm.nn.context import AdapterRows, ForwardContext, block_position_rows
 from easyllm.nn.cost import Activation, CostTrace, LayerTrace
 from easyllm.nn.embedding_position import build_embedding_position
 from easyllm.nn.feed_forward import build_feed_forward
 from easyllm.nn.gradient_scale import GradientScale
+from easyllm.nn.latent_attention import LatentAttention
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.linear_attention import LinearAttention
 from easyllm.nn.norm import Scale, build_norm, sum_and_norm
@@ -36,13 +44,13 @@ def to_at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def build_mixer(
-    config: AttentionConfig | LinearAttentionConfig, hidden_size: int, layer: int
-) -> nn.Module:
+def build_mixer(config: Mixer, hidden_size: int, layer: int) -> nn.Module:
     """Returns the token mixer for a configuration."""
     match config:
         case AttentionConfig():
             return Attention(config, hidden_size, layer)
+        case LatentAttentionConfig():
+            return LatentAttention(config, hidden_size, layer)
         case LinearAttentionConfig():
             return LinearAttention(config, hidden_size, layer)
 

@@ -10,7 +10,7 @@ import torch
 
 from easyllm.core.errors import ConfigError
 from easyllm.nn.attention import Attention
-from easyllm.nn.config import AttentionConfig, MoEConfig
+from easyllm.nn.config import AttentionConfig, LatentAttentionConfig, MoEConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.attention_backends import C_PAGES, C_TRAINING, AttentionCall
 from easyllm.ops.attention_rule import AttentionRule
@@ -58,6 +58,11 @@ def deterministic_unsupported_reason(model: Decoder) -> str | None:
                 f"layer {number} has {inner.activation} with an intermediate size of "
                 f"{inner.intermediate_size}, which is not a multiple of {WHOLE_VECTORS}: "
                 "PyTorch computes the last elements of a tensor differently"
+            )
+        if isinstance(mixer, LatentAttentionConfig):
+            return (
+                f"layer {number} has latent attention, which computes scores from its cache in "
+                "another order than without one"
             )
         if not isinstance(mixer, AttentionConfig):
             return (

@@ -41,10 +41,33 @@ class MoEConfig(Config):
         description="Number of experts k that the router selects for a token."
     )
     expert: GLUConfig = Field(description="Feed-forward of one expert.")
-    routing: Literal["softmax_topk", "topk_softmax"] = Field(
+    routing: Literal["softmax_topk", "topk_softmax", "sigmoid_topk"] = Field(
         default="softmax_topk",
         description="`softmax_topk` takes the top k of the softmax over all experts (Switch, "
-        "Qwen), `topk_softmax` takes the softmax over the top k logits (Mixtral).",
+        "Qwen), `topk_softmax` takes the softmax over the top k logits (Mixtral), `sigmoid_topk` "
+        "takes the top k of the logits' sigmoids (DeepSeek-V3: arXiv 2412.19437, eqs. 12 to 15).",
+    )
+    selection_bias: bool = Field(
+        default=False,
+        description="Whether a bias for each expert is added to its score for the selection, but "
+        "not for its weight (`sigmoid_topk` only; DeepSeek-V3: eq. 16). Training leaves it "
+        "unchanged.",
+    )
+    num_groups: PositiveInt = Field(
+        default=1, description="Number of equal groups of experts; must divide num_experts."
+    )
+    groups_per_token: PositiveInt = Field(
+        default=1,
+        description="Number of groups with the best scores to whose experts a token is limited "
+        "(DeepSeek-V2: arXiv 2405.04434, section 2.2.2).",
+    )
+    group_score: Literal["best", "best_two"] = Field(
+        default="best",
+        description="Score of a group: that of its best expert (DeepSeek-V2), or the sum of its "
+        "best two (DeepSeek-V3).",
+    )
+    scale: PositiveFloat = Field(
+        default=1.0, description="Factor on the weights of the selected experts."
     )
     gate: Literal["top_k", "noisy_top_k", "random_second"] = Field(
         default="top_k",
@@ -56,7 +79,7 @@ class MoEConfig(Config):
     normalise: bool = Field(
         default=True,
         description="Whether the weights of the selected experts are divided by their sum "
-        "(`softmax_topk` only; those of `topk_softmax` sum to 1).",
+        "(those of `topk_softmax` always sum to 1).",
     )
     shared: GLUConfig | None = Field(
         default=None, description="Expert that processes all tokens; null for none."
@@ -96,6 +119,32 @@ class MoEConfig(Config):
             )
         if self.shared_gate and self.shared is None:
             raise ValueError("shared_gate needs a shared expert; set shared or remove shared_gate")
+        if self.selection_bias and self.routing != "sigmoid_topk":
+            raise ValueError(
+                f"selection_bias needs routing sigmoid_topk, got {self.routing}; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> "MoEConfig":
+        experts, groups, used = self.num_experts, self.num_groups, self.groups_per_token
+        if groups == used == 1:
+            return self
+        if experts % groups or used > groups:
+            raise ValueError(
+                f"{used} of {groups} groups of {experts} experts cannot be selected; num_groups "
+                "must divide num_experts, and groups_per_token must be at most num_groups"
+            )
+        size = experts // groups
+        if self.experts_per_token > used * size:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} is more than the {used * size} "
+                f"experts of {used} groups; raise groups_per_token"
+            )
+        if self.group_score == "best_two" and size < 2:
+            raise ValueError("group_score=best_two needs groups of at least 2 experts")
+        if self.routing == "topk_softmax":
+            raise ValueError("groups need routing softmax_topk or sigmoid_topk, got topk_softmax")
         return self
 
 

@@ -1,6 +1,8 @@
 """Mixture of experts (MoE): a router sends each token to a few feed-forwards."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +48,11 @@ def load_balancing_loss(routing: Routing) -> Tensor:
     f_i is the share of tokens routed to expert i and P_i its mean probability. With k experts per
     token f sums to k, so uniform routing gives k, as in HF.
     """
-    probabilities = routing.logits.softmax(-1).mean(0)
+    if routing.config.routing == "sigmoid_topk":  # arXiv 2412.19437, eq. 19
+        scores = routing.logits.sigmoid()
+        probabilities = (scores / scores.sum(-1, keepdim=True)).mean(0)
+    else:
+        probabilities = routing.logits.softmax(-1).mean(0)
     share = routing.load() * routing.config.experts_per_token
     return routing.logits.shape[1] * (share * probabilities).sum()
 
@@ -73,6 +79,22 @@ class MoE(nn.Module):
         )
         self.shared = GLU(config.shared, hidden_size) if config.shared else None
         self.shared_gate = Linear(hidden_size, 1) if config.shared_gate else None
+        bias = torch.empty(config.num_experts, dtype=torch.float32)
+        self.register_buffer("selection_bias", bias if config.selection_bias else None)
+        self.selection_bias: Tensor | None  # without a gradient, fp32
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the module; the bias of the selection keeps its dtype, as in DeepSeek-V3's code."""
+        before = self.selection_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before is not None and self.selection_bias is not None and not before.is_meta:
+            self.selection_bias = before.to(self.selection_bias.device)
+        return self
+
+    def reset_parameters(self) -> None:
+        """Sets the bias of the selection to zero."""
+        if self.selection_bias is not None:
+            self.selection_bias.zero_()
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """Returns the output [T, D] for `x: [T, D]`."""
@@ -129,7 +151,7 @@ class MoE(nn.Module):
         tokens = work.tokens
         if work.itemsize != FP32:
             trace.keep("router.weight.wide", config.num_experts * width * FP32)
-        if config.routing == "softmax_topk":
+        if config.routing != "topk_softmax":
             trace.keep("probabilities", tokens * config.num_experts * FP32)
             if config.normalise:
                 trace.keep("chosen weights", tokens * (k + 1) * FP32)
@@ -165,11 +187,31 @@ class MoE(nn.Module):
         k = self.config.experts_per_token
         if self.config.routing == "topk_softmax":
             best, chosen = logits.topk(k, dim=-1)
-            return best.softmax(-1), chosen
-        weights, chosen = logits.softmax(-1).topk(k, dim=-1)
+            return best.softmax(-1) * self.config.scale, chosen
+        sigmoid = self.config.routing == "sigmoid_topk"
+        scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+        if self.selection_bias is None and self.config.num_groups == 1:
+            weights, chosen = scores.topk(k, dim=-1)
+        else:
+            chosen = self._selection_scores(scores.detach()).topk(k, dim=-1).indices
+            weights = scores.gather(1, chosen)
         if self.config.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        return weights, chosen
+        return weights * self.config.scale, chosen
+
+    def _selection_scores(self, scores: Tensor) -> Tensor:
+        """Returns the scores [T, E] by which experts are selected: -∞ outside the best groups."""
+        config = self.config
+        if self.selection_bias is not None:
+            scores = scores + self.selection_bias.to(scores.dtype)
+        if config.num_groups == 1:
+            return scores
+        grouped = scores.unflatten(1, (config.num_groups, -1))  # [T, groups, E / groups]
+        best = grouped.topk(2 if config.group_score == "best_two" else 1, dim=-1).values.sum(-1)
+        chosen = best.topk(config.groups_per_token, dim=-1).indices
+        hidden = torch.ones_like(best, dtype=torch.bool).scatter(1, chosen, False)
+        found: Tensor = grouped.masked_fill(hidden[..., None], float("-inf")).flatten(1)
+        return found
 
     def _overflow(self, chosen: Tensor, skipped: Tensor | None = None) -> Tensor:
         """Choices that are not made, or exceed an expert's capacity, [T, k] bool.

@@ -72,7 +72,12 @@ def yarn_attention_factor(scaling: YarnScaling) -> float:
     """
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-    return 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return yarn_mscale(scaling.factor, 1.0)
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    """Returns 0.1 m ln(factor) + 1, YaRN's scale of attention with DeepSeek's weight m."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def yarn_frequencies(theta: float, width: int, scaling: YarnScaling) -> Tensor:

@@ -267,7 +267,7 @@ def shift_attention(model: Decoder, group: int) -> None:
     """
     for number, layer in enumerate(model.layers):
         mixer = layer.mixer
-        reason = "linear attention"
+        reason = model.config.layers[number].mixer.kind.replace("_", " ")
         if isinstance(mixer, Attention):
             reason = mixer.shift_unsupported_reason() or ""
         if model.config.has_prefix:

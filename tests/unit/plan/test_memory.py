@@ -20,9 +20,11 @@ from easyllm.train.optim import MasterOptimizer
 from easyllm.train.optim_config import AdamWConfig, MuonConfig, SGDConfig
 from easyllm.train.paged_adamw import CHUNK
 from prompt_adapters import CONFIGS
+from tiny_hf import DEEPSEEK
 from tiny_models import tiny_config
 
 LENGTHS = (40, 23)
+HEADS = DEEPSEEK | {"qk_nope_head_dim": 24}  # 32 with the rotated part: a width of the kernels
 FAMILIES = {
     "llama": {},
     "untied": {"model_type": "llama", "tie_word_embeddings": False},
@@ -30,6 +32,9 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {},
     "gemma": {},
+    "deepseek_v2": HEADS,
+    "deepseek_v2, queries in one": {"model_type": "deepseek_v2"} | HEADS | {"q_lora_rank": None},
+    "deepseek_v3": HEADS | {"n_group": 3, "topk_group": 2},
 }
 MODES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 

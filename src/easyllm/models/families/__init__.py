@@ -10,6 +10,7 @@ from easyllm.models.families import (
     baichuan,
     chatglm,
     chatglm2,
+    deepseek,
     easyllm,
     gemma,
     gemma3,
@@ -121,6 +122,8 @@ register_family(qwen2.FAMILY)
 register_family(qwen3.FAMILY)
 register_family(qwen_moe.QWEN2_MOE)
 register_family(qwen_moe.QWEN3_MOE)
+register_family(deepseek.V2)
+register_family(deepseek.V3_FAMILY)
 register_family(glm4.GLM4)
 register_family(glm4.GLM)
 register_family(gemma.GEMMA)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from easyllm.checkpoint.keymap import Fused
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.nn.position_config import Llama3Scaling
@@ -137,6 +138,27 @@ class GGUFMetadata:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Divided:
+    """A matrix of Hugging Face files that GGUF files store in parts.
+
+    Its rows are groups (heads), and each group has some rows of every part in turn.
+
+    Attributes:
+        parts: HF-like names of the parts, without `.weight`, with the `config.json` keys of their
+            number of rows in a group.
+        groups: the `config.json` key of the number of groups.
+    """
+
+    parts: Mapping[str, str]
+    groups: str
+
+    def rule(self, config: JsonMapping) -> Fused:
+        """Returns the rule that splits the matrix and joins its parts."""
+        sizes = tuple(config[key] for key in self.parts.values())
+        return Fused(tuple(self.parts), "", sizes, groups=config[self.groups])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GGUFLayout:
     """The layout of a family in GGUF files.
 
@@ -149,6 +171,8 @@ class GGUFLayout:
             a separate first dimension.
         transforms: conversions to HF's tensors, by the file's tensor name.
         untransforms: their inverses, for writing.
+        divided: matrices that the file stores in parts, by HF name without `.weight`; `names` has
+            the parts.
         ignored: tensors that are not parameters: unused, or already read by `read_config`.
     """
 
@@ -157,6 +181,7 @@ class GGUFLayout:
     names: Mapping[str, str]
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     untransforms: Mapping[str, Transform] = field(default_factory=dict)
+    divided: Mapping[str, Divided] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset({"blk.{i}.attn_rot_embd", "rope_freqs"})
 
     def locate(self, name: str) -> tuple[str, Transform | None] | None:

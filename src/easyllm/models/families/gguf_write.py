@@ -34,11 +34,11 @@ def write_llama(hf: JsonMapping) -> JsonObject:
         "attention.layer_norm_rms_epsilon": float(hf["rms_norm_eps"]),
         "rope.dimension_count": width,
         "rope.freq_base": float(hf["rope_theta"]),
-        **_write_scaling(hf.get("rope_scaling") or {}),
+        **write_scaling(hf.get("rope_scaling") or {}),
     }
 
 
-def _write_scaling(scaling: JsonMapping) -> JsonObject:
+def write_scaling(scaling: JsonMapping) -> JsonObject:
     """Returns the metadata of a RoPE scaling; that of Llama 3 is a tensor (`rope_factors`)."""
     kind = scaling.get("rope_type")
     if kind in (None, "default", "llama3"):
@@ -110,4 +110,5 @@ __all__ = [
     "write_llama",
     "write_mistral",
     "write_mixtral",
+    "write_scaling",
 ]

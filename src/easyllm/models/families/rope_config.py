@@ -3,8 +3,6 @@
 transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`.
 """
 
-import math
-
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.nn.position_config import (
@@ -17,6 +15,7 @@ from easyllm.nn.position_config import (
     RopeScaling,
     YarnScaling,
 )
+from easyllm.nn.rope_scaling import yarn_mscale
 
 _LENGTH = "original_max_position_embeddings"
 KNOWN = ("default", "linear", "ntk", "dynamic", "yarn", "llama3")
@@ -107,13 +106,8 @@ def _read_yarn(values: JsonMapping, length: object, config: JsonMapping) -> Yarn
         factor = _need(values, "factor")
     over, under = values.get("mscale"), values.get("mscale_all_dim")
     if over and under and "attention_factor" not in given:
-        given["attention_factor"] = _attention_scale(factor, over) / _attention_scale(factor, under)
+        given["attention_factor"] = yarn_mscale(factor, over) / yarn_mscale(factor, under)
     return YarnScaling(factor=factor, original_max_seq_len=length, **given)
-
-
-def _attention_scale(factor: float, weight: float) -> float:
-    """Returns YaRN's attention scale 0.1 m ln(factor) + 1, with DeepSeek's weight m."""
-    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _need(values: JsonMapping, key: str) -> Json:
