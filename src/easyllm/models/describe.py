@@ -1,4 +1,8 @@
-"""Model configurations from a source or a published size, without reading any weights."""
+"""Model configurations from a source or a published size, without reading any weights.
+
+What reads files of weights and tokenizers is imported only for a source that consists of them: a
+published size is described without.
+"""
 
 from pydantic import ValidationError
 
@@ -9,7 +13,6 @@ from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.core.paths import expanded
 from easyllm.models.families import FAMILIES
 from easyllm.models.hf_config import CONFIG_FILE, read_config, read_files
-from easyllm.models.load import open_source
 from easyllm.models.sources import HUB_PREFIX, KNOWN_MODELS, hub_file
 from easyllm.nn.config import ModelConfig
 
@@ -39,7 +42,7 @@ def describe(source: str) -> ModelConfig:
     """
     sizes, path = published_sizes(), expanded(source)
     if source in KNOWN_MODELS:
-        return open_source(source).config
+        return _opened(source)
     if source in sizes:
         return _read(sizes[source], source)
     if source.startswith(HUB_PREFIX):
@@ -55,12 +58,18 @@ def describe(source: str) -> ModelConfig:
             f"folder, hf:org/name, or a name such as {next(iter(sizes))}"
         )
     if path.exists() or path.suffix == ".gguf" or "/" in source:
-        return open_source(source).config
+        return _opened(source)
     known = [*KNOWN_MODELS, *sizes]
     raise SourceError(
         f"model {source!r} is not known{suggest(source, known)}; known models are "
         f"{', '.join(known)}; or give a folder, a .gguf file, a config.json or hf:org/name"
     )
+
+
+def _opened(source: str) -> ModelConfig:
+    from easyllm.models.load import open_source
+
+    return open_source(source).config
 
 
 def _read(values: JsonMapping, source: str) -> ModelConfig:

@@ -1,6 +1,7 @@
 """Lists the linear layers (GEMMs) of a model, which adapters attach to and quantization packs."""
 
 import re
+from functools import lru_cache
 
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.cost import LinearPart, LinearShape
@@ -40,9 +41,12 @@ def linear_weights(config: ModelConfig) -> int:
     return sum(linear.weights for linear in model_linears(config))
 
 
-def model_linears(config: ModelConfig) -> list[LinearShape]:
+@lru_cache(maxsize=16)
+def model_linears(config: ModelConfig) -> tuple[LinearShape, ...]:
     """Returns all linears inside the layers, in order."""
-    return [linear for layer in layers_of(config) for linear in layer_linears(layer)]
+    layers = layers_of(config)
+    found = {layer: layer_linears(layer) for layer in dict.fromkeys(layers)}
+    return tuple(linear for layer in layers for linear in found[layer])
 
 
 def largest_rank(config: ModelConfig) -> int:

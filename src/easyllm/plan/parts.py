@@ -59,8 +59,21 @@ def layers_of(
     """
     if adapter is None:
         return _layers_of(config, None, 0)
-    # the class is part of the cache key, since a kind may be registered again with another class
-    return _layers_of(config, adapter.model_dump_json(), id(type(adapter)))
+    return _layers_of(config, *_cache_key(adapter))
+
+
+def _cache_key(adapter: "AdapterConfig") -> tuple[str, int]:
+    """Returns hashable values that stand for an adapter: some of its fields are mappings.
+
+    The class is one of them, since a kind may be registered again with another class.
+    """
+    return adapter.model_dump_json(), id(type(adapter))
+
+
+def _adapter_of(adapter_json: str) -> "AdapterConfig":
+    from easyllm.adapters import ADAPTERS
+
+    return cast("AdapterConfig", ADAPTERS.validate(json.loads(adapter_json)))
 
 
 @lru_cache(maxsize=16)
@@ -69,9 +82,7 @@ def _layers_of(
 ) -> tuple[DecoderLayer, ...]:
     adapter = None
     if adapter_json is not None:
-        from easyllm.adapters import ADAPTERS
-
-        adapter = cast("AdapterConfig", ADAPTERS.validate(json.loads(adapter_json)))
+        adapter = _adapter_of(adapter_json)
         _check_targets(config, adapter)
     by_layer = adapter is not None and adapter.differs_by_layer()
     found: dict[tuple[LayerConfig, int], DecoderLayer] = {}
@@ -111,13 +122,21 @@ def count_adapter_parameters(config: ModelConfig, adapter: "AdapterConfig") -> i
     return sum(parameter.numel() for parameter in adapter_parameters(config, adapter))
 
 
-def adapter_parameters(config: ModelConfig, adapter: "AdapterConfig") -> list[nn.Parameter]:
+def adapter_parameters(config: ModelConfig, adapter: "AdapterConfig") -> tuple[nn.Parameter, ...]:
     """Returns the parameters that are trained with an adapter, on the meta device.
 
     The parameters of layers that share one module are listed once per layer.
     """
+    return _adapter_parameters(config, *_cache_key(adapter))
+
+
+@lru_cache(maxsize=16)
+def _adapter_parameters(
+    config: ModelConfig, adapter_json: str, _kind: int
+) -> tuple[nn.Parameter, ...]:
     from easyllm.adapters import Adapter
 
+    adapter = _adapter_of(adapter_json)
     found = [
         parameter
         for layer in layers_of(config, adapter)
@@ -136,15 +155,24 @@ def adapter_parameters(config: ModelConfig, adapter: "AdapterConfig") -> list[nn
             if head is not None:
                 built = adapter.build("lm_head", head.in_features, head.out_features)
                 found += built.parameters()
-    return found + trained_base_parameters(config, adapter)
+    return (*found, *trained_base_parameters(config, adapter))
 
 
-def trained_base_parameters(config: ModelConfig, adapter: "AdapterConfig") -> list[nn.Parameter]:
+def trained_base_parameters(
+    config: ModelConfig, adapter: "AdapterConfig"
+) -> tuple[nn.Parameter, ...]:
     """Returns the base model's parameters trained in full with an adapter, on the meta device."""
+    return _trained_base_parameters(config, *_cache_key(adapter))
+
+
+@lru_cache(maxsize=16)
+def _trained_base_parameters(
+    config: ModelConfig, adapter_json: str, _kind: int
+) -> tuple[nn.Parameter, ...]:
     from easyllm.adapters.adapter_set import trained_base_parameters as names_trained
 
     model = _model_of(config)
-    return [model.get_parameter(name) for name in names_trained(model, adapter)]
+    return tuple(model.get_parameter(n) for n in names_trained(model, _adapter_of(adapter_json)))
 
 
 @lru_cache(maxsize=4)

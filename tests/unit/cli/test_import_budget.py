@@ -38,3 +38,13 @@ def test_generating_imports_nothing_that_it_does_not_need(tiny_folder, options):
 def test_a_server_imports_nothing_that_it_does_not_need():
     unused = ("fastapi", "opentelemetry", *UNUSED)  # FastAPI describes the routes if asked to
     assert imported(unused, "import easyllm.cli.serve, easyllm.serve.run") == "[]"
+
+
+def test_a_plan_of_a_published_size_imports_nothing_that_reads_files_of_a_model():
+    unused = ("tokenizers", "jinja2", "easyllm.tokenizer", "easyllm.models.load")
+    code = (
+        "import sys; from easyllm.cli.main import main\n"
+        "sys.argv = ['easyllm', 'plan', 'llama2-70b', '--train', '--gpus', '64xA100-80GB']\n"
+        "try: main()\nexcept SystemExit as error: assert not error.code"
+    )
+    assert imported((*SERVERS, *unused, "easyllm.train"), code) == "[]"
