@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt Makefile
 # Written after a set-up, because `make` cannot activate an environment in the shell that called it.
 ACTIVATE := to type easyllm commands in this shell, activate its environment: source $(BIN)/activate
 
-.PHONY: help venv quickstart test check format docs labs bench interop findings clean
+.PHONY: help venv quickstart test check format docs labs site bench interop findings clean
 
 help:
 	@echo "make venv                          install into .venv, with the tools for development"
@@ -17,6 +17,7 @@ help:
 	@echo "make check                         check formatting, lint, types, wording, generated docs and spelling"
 	@echo "make docs                          write docs/cli.md and docs/recipes.md"
 	@echo "make labs       [NAME=lora]        run the labs whole, and write their figures and numbers into docs/map"
+	@echo "make site                          build the docs as a folder that opens in a browser: build/site"
 	@echo "make bench      [TOPIC=train]      run a benchmark and print its result as a JSON row"
 	@echo "make interop    [NAME=peft]        compare with other software, each in a separate environment"
 	@echo "make findings   [NAME=...]         check whether the documented bugs of other software remain"
@@ -64,6 +65,10 @@ docs: $(VENV)/.installed-dev
 # Runs every lab whole, and writes numbers and figures into the pages of docs/map.
 labs: $(VENV)/.installed-dev
 	$(BIN)/python tools/labs.py $(NAME)
+
+# The docs with search in English and Chinese; build/site/index.html needs no server and no network.
+site: $(VENV)/.installed-dev
+	$(BIN)/python tools/site/build_site.py
 
 TOPIC ?= train
 bench: $(VENV)/.installed-dev

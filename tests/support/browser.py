@@ -133,9 +133,10 @@ class Page:
         """Opens an address and waits until the page has started."""
         self.call("Page.navigate", url=url)
         address = json.dumps(url.split("?")[0])
-        self.wait_for(
-            f"location.href.startsWith({address}) && document.documentElement.dataset.ready"
-        )
+        ready = "document.documentElement.dataset.ready"  # set by our own page
+        if url.startswith("file:"):
+            ready = "document.readyState === 'complete'"
+        self.wait_for(f"location.href.startsWith({address}) && {ready}")
 
     def evaluate(self, expression):
         """Returns the value of an expression; a promise is awaited."""
