@@ -45,6 +45,12 @@ class Symptoms:
         return min(means) > (1 - FLAT) * first and self.side(LOSS) > 0
 
     @property
+    def has_risen(self) -> bool:
+        """Whether the loss is above its lowest mean so far, or not finite."""
+        means = self.watch.means[LOSS]
+        return bool(means) and not means[-1] <= (1 + FLAT) * min(means)
+
+    @property
     def was_inside(self) -> bool:
         """Whether the loss was in the band before."""
         ranges = self.watch.band.by_step.get(LOSS, ())
@@ -114,10 +120,18 @@ def _flat(symptoms: Symptoms) -> Iterator[str]:
 
 
 def _diverged(symptoms: Symptoms) -> Iterator[str]:
-    if symptoms.side(LOSS) > 0 and symptoms.was_inside:
+    if symptoms.side(LOSS) > 0 and symptoms.was_inside and symptoms.has_risen:
         yield (
             "the loss was usual before and rose: the learning rate is too high for this batch size;"
             " lower it, or raise batch_size"
+        )
+
+
+def _stalled(symptoms: Symptoms) -> Iterator[str]:
+    if symptoms.side(LOSS) > 0 and symptoms.was_inside and not symptoms.has_risen:
+        yield (
+            "the loss fell as usual and then stopped: answers do not follow from their prompts; "
+            "look at samples with `easyllm data inspect`"
         )
 
 
@@ -158,8 +172,8 @@ def _memory(symptoms: Symptoms) -> Iterator[str]:
 
 
 RULES: tuple[Callable[[Symptoms], Iterator[str]], ...] = (
-    *(_learning_rate, _not_finite, _labels, _flat, _diverged, _from_the_start, _low_loss),
-    *(_changed_keys, _slow, _memory),
+    *(_learning_rate, _not_finite, _labels, _flat, _diverged, _stalled, _from_the_start),
+    *(_low_loss, _changed_keys, _slow, _memory),
 )
 """The rules, the most specific first."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from easyllm.lab import all_labs
+from easyllm.lab.page import OUTCOMES
 
 ROOT = Path(__file__).resolve().parents[3]
 MAP = ROOT / "docs" / "map"
@@ -53,6 +54,15 @@ def test_a_page_has_all_sections_and_its_code_exists(path):
     for name, file in names:
         source = (ROOT / file).read_text("utf-8")
         assert re.search(rf"^(?:def|class) {name}\b|^{name}\b", source, re.MULTILINE), (name, file)
+
+
+@pytest.mark.parametrize("name", ["results.md", "results.zh.md"])
+def test_results_say_what_was_seen_for_each_of_the_72_topics(name):
+    table = [line for line in (MAP / name).read_text("utf-8").splitlines() if "`" in line]
+    rows = {int(row) for line in table for row in line.split("|")[1].split(",")}
+    assert rows == set(range(1, 73))
+    outcomes = {line.split("|")[5].split(":")[0].strip() for line in table}
+    assert outcomes <= {text for o in OUTCOMES.values() for text in (o.en, o.zh)}
 
 
 ENGLISH = [path for path in PAGES if not path.name.endswith(".zh.md")]

@@ -76,6 +76,7 @@ def test_a_band_covers_its_runs_at_each_step_and_is_kept_by_its_file(tmp_path, m
         (run(3.0, 2.99, norm=0.01), {}, 0, "frozen or masked"),
         (run(3.0, 2.99), {}, 0, "has not fallen"),
         (run(9.0, 6.0), {}, 0, "chat template, the tokenizer and the rows"),
+        (run(3.0, 1.8), {}, 0, "answers do not follow from their prompts"),
         (run(3.0, 0.1), {}, 0, "answers are in the prompts"),
         (run(3.0, 0.4), {"data": {**CONFIG["data"], "train_on": "all"}}, 0, "data.train_on"),
         ([*run(3.0)[:30], *run(9.0)[:10]], {}, 0, "was usual before and rose"),
