@@ -187,6 +187,7 @@ class Lab:
         run: runs it.
         module: a module that must be installed for it, with the extra that has it.
         repeatable: whether the same seed gives the same numbers; not so if they are times.
+        in_folder: whether `run` also gets the folder of its files, in which it resumes.
         nightly: whether `make labs` runs it; a lab of an hour is run by hand.
     """
 
@@ -196,10 +197,11 @@ class Lab:
     title: Text
     seconds: int
     parameters: type[LabConfig]
-    run: Callable[[Any], Result]
+    run: Callable[..., Result]
     module: tuple[str, str] | None = None
     repeatable: bool = True
     nightly: bool = True
+    in_folder: bool = False
 
     def __post_init__(self) -> None:
         assert self.chapter in CHAPTERS, self.chapter

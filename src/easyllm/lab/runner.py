@@ -11,6 +11,7 @@ from easyllm.core.atomic import check_output_free, check_writable, write_atomic,
 from easyllm.core.config import apply_overrides, validate
 from easyllm.core.errors import ConfigError, OutputError, install
 from easyllm.core.json_types import JsonObject
+from easyllm.lab.evening_plan import PLAN_FILE
 from easyllm.lab.figure import draw
 from easyllm.lab.lab import Lab, LabConfig, Language, Result
 from easyllm.lab.page import PAGE_NAME, build_page
@@ -64,14 +65,15 @@ def run_lab(
     """
     parameters = check_lab(lab, output, words=words, quick=quick)
     started = time.perf_counter()
-    result = lab.run(parameters)
+    result = lab.run(parameters, output) if lab.in_folder else lab.run(parameters)
     seconds = time.perf_counter() - started
     svg, png = draw(result.figures)
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(output / SVG, svg)
     write_atomic(output / PNG, png)
-    page = build_page(lab, parameters, result, svg.decode(), language=language)
-    write_atomic(output / PAGE_NAME, page)
+    for name, spoken in pages_of(lab, language).items():
+        page = build_page(lab, parameters, result, svg.decode(), language=spoken)
+        write_atomic(output / name, page)
     write_json(output / NUMBERS, numbers_of(lab, parameters, result))
     return Finished(lab=lab, parameters=parameters, result=result, seconds=seconds, folder=output)
 
@@ -119,6 +121,12 @@ def check_installed(lab: Lab) -> None:
         )
 
 
+def pages_of(lab: Lab, language: Language) -> dict[str, Language]:
+    """Returns the pages to write with their languages: of a long run, one in each."""
+    found: dict[str, Language] = {PAGE_NAME: language}
+    return found | ({"index.en.html": "en", "index.zh.html": "zh"} if lab.in_folder else {})
+
+
 def numbers_of(lab: Lab, parameters: LabConfig, result: Result) -> JsonObject:
     """Returns the content of `numbers.json`."""
     return {
@@ -145,8 +153,9 @@ def _check_folder(lab: Lab, output: Path) -> None:
         if output.exists() and not output.is_dir():
             check_output_free(output)
         return
+    marker = PLAN_FILE if lab.in_folder else NUMBERS
     try:
-        found = json.loads((output / NUMBERS).read_text(encoding="utf-8"))
+        found = json.loads((output / marker).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict) or found.get("lab") != lab.name:
