@@ -278,7 +278,8 @@ def _lines(
         key = ".".join(written)
         if problem["type"] == "extra_forbidden":
             known = _fields_at(model, problem["loc"][:-1], values)
-            hint = _nested_hint(model, problem["loc"], values) or suggest(written[-1], known)
+            outers = _models_at(model, problem["loc"][:-1], values)
+            hint = _nested_hint(outers, written, values) or suggest(written[-1], known)
             hint = hint or (f" (known keys: {', '.join(known)})" if known else "")
             lines.append(f"unknown key {key!r}{hint}")
         elif problem["type"] == "missing":
@@ -308,17 +309,15 @@ def _lines(
     return lines
 
 
-def _nested_hint(model: type[BaseModel], place: tuple[int | str, ...], values: JsonMapping) -> str:
+def _nested_hint(outers: list[type[BaseModel]], written: list[str], values: Json) -> str:
     """Says that an unknown key is one of a nested mapping, if it is; empty otherwise."""
-    *above, name = map(str, place)
-    found: JsonObject = {}
-    for outer in _models_at(model, place[:-1], values):
-        for key, field in outer.model_fields.items():
-            value = _value_at(values, above).get(key)
-            inner = _registered(field.metadata, value) or _models_in(field.annotation, value)
-            if any(name in each.model_fields for each in inner):
-                found[repr(".".join((*above, key, name)))] = None
-    return f" (did you mean {' or '.join(found)}?)" if found else ""
+    found, here = list[str](), _value_at(values, written[:-1])
+    for key, field in [item for outer in outers for item in outer.model_fields.items()]:
+        value = here.get(key) if isinstance(here, Mapping) else None
+        inner = _registered(field.metadata, value) or _models_in(field.annotation, value)
+        if any(written[-1] in each.model_fields for each in inner):
+            found.append(repr(".".join((*written[:-1], key, written[-1]))))
+    return f" (did you mean {' or '.join(dict.fromkeys(found))}?)" if found else ""
 
 
 def _expected(

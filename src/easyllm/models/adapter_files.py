@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from easyllm.adapters import load_adapter, read_adapter
-from easyllm.adapters.peft_format import CONFIG, WEIGHTS, check_values, read_description
+from easyllm.adapters.peft_format import CONFIG, WEIGHTS, read_description
+from easyllm.adapters.peft_values import check_values
 from easyllm.adapters.peft_whole import HEAD
 from easyllm.checkpoint.store import open_safetensors
 from easyllm.core.errors import ConfigError, EasyllmError
