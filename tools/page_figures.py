@@ -2,8 +2,8 @@
 
 python tools/page_figures.py ADAPTER [--folder docs/figures]
 
-Serves SmolLM2 as `base` and an adapter for it as `tuned`, asks both in headless Chromium, and writes
-page-light.png, page-dark.png, page-phone.png, page-inspector.png and page-engine.png.
+Serves SmolLM2 as `base` and an adapter for it as `tuned`, asks both in headless Chromium, and
+writes page-light.png, page-dark.png, page-phone.png, page-inspector.png and page-engine.png.
 """
 
 import argparse

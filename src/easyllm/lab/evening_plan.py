@@ -3,7 +3,7 @@
     seconds of a training = FLOPs per token · tokens / (matmul rate · utilisation)
 
 A training of a new model takes 6 N FLOPs a token (N: parameters). The plan is stored when an
-evening begins: a run that was stopped goes on with the same sizes.
+evening begins: a run that was stopped continues with the same sizes.
 """
 
 import json

@@ -120,7 +120,7 @@ class LatentAttention(nn.Module):
         for rows, weight in weights:
             at = slice(None) if rows is None else rows
             up = weight[:, : config.nope_dim]  # [H, nope, kv_rank]
-            folded[at] = torch.einsum("thn,hnr->thr", q_nope[at], up)
+            folded[at] = torch.einsum("tha,har->thr", q_nope[at], up)
         q = torch.cat([folded, q_rope], dim=-1)
         assert context.store is not None, "checked by forward()"
         mixed = context.store.attend(

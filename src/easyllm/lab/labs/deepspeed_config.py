@@ -163,7 +163,7 @@ def run(parameters: Parameters) -> Result:
 
 
 MISTAKES: dict[str, dict[str, Any]] = {
-    "a batch size that is no product": {"train_batch_size": 60},
+    "a batch size that contradicts its factors": {"train_batch_size": 60},
     "an unknown key": {"gradient_acumulation_steps": 4},
     "a stage that does not exist": {"zero_optimization": {"stage": 4}},
     "a stage of auto": {"zero_optimization": {"stage": "auto"}},

@@ -21,7 +21,7 @@ GROUPS = {
 TEMPLATES = (
     "the {colours} {animals} eats {foods} every day",
     "we travel to {cities} by train and buy {foods}",
-    "in {cities} a {colours} house has a garden with one {animals}",
+    "in {cities} a {colours} home has a garden with one {animals}",
     "my {animals} sleeps next to the {colours} chair",
     "people from {cities} cook {foods} with salt",
 )
