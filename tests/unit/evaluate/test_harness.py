@@ -1,10 +1,13 @@
 """What lm-eval's options become; the comparison of scores is in `tests/interop/lm_eval`."""
 
 import importlib.util
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from easyllm.core.errors import ConfigError
+from easyllm.evaluate import harness
 from easyllm.evaluate.harness import generation_params, run_lm_eval
 
 
@@ -22,6 +25,25 @@ def test_options_that_the_engine_does_not_have_are_refused():
         generation_params({"num_beams": 4}, max_len=256)
     with pytest.raises(ConfigError, match="17 stop strings; at most 16"):
         generation_params({"until": list("abcdefghijklmnopq")}, max_len=256)
+
+
+@pytest.mark.parametrize("bos", [0, 7, None])
+def test_the_client_of_a_server_gets_the_key_and_the_id_of_bos(monkeypatch, bos):
+    """lm-eval's client sends no key to the tokenizer's routes, and takes BOS 0 for none."""
+    asked = []
+
+    def tokenizer(address, auth_token):
+        asked.append((address, auth_token))
+        return SimpleNamespace(bos_token_id=bos)
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lm_eval.utils", SimpleNamespace(RemoteTokenizer=tokenizer))
+    monkeypatch.setattr(harness, "_first_model", lambda base: "m")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    arguments = harness._client("http://host:1/v1")["model_args"]
+    assert asked == [("http://host:1", "secret")]
+    assert arguments["auth_token"] == "secret"
+    assert arguments.get("custom_prefix_token_id") == bos
 
 
 @pytest.mark.skipif(
