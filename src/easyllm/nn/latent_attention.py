@@ -120,7 +120,7 @@ class LatentAttention(nn.Module):
         for rows, weight in weights:
             at = slice(None) if rows is None else rows
             up = weight[:, : config.nope_dim]  # [H, nope, kv_rank]
-            folded[at] = torch.einsum("tha,har->thr", q_nope[at], up)
+            folded[at] = torch.einsum("tgn,gnr->tgr", q_nope[at], up)
         q = torch.cat([folded, q_rope], dim=-1)
         assert context.store is not None, "checked by forward()"
         mixed = context.store.attend(
@@ -130,7 +130,7 @@ class LatentAttention(nn.Module):
         for rows, weight in weights:
             at = slice(None) if rows is None else rows
             up = weight[:, config.nope_dim :]  # [H, value, kv_rank]
-            out[at] = torch.einsum("thr,hvr->thv", mixed[at], up)
+            out[at] = torch.einsum("tgr,gvr->tgv", mixed[at], up)
         return out
 
     def _up_weights(self, context: ForwardContext) -> Iterator[tuple[Tensor | None, Tensor]]:

@@ -1,8 +1,4 @@
-"""DeepSeek-V2 and V3 in GGUF files (architecture `deepseek2`).
-
-`kv_b_proj` is stored in two parts, that of the keys transposed for each head; files of older
-converters have it as one.
-"""
+"""DeepSeek-V2 and V3 in GGUF files (architecture `deepseek2`), with `kv_b_proj` in two parts."""
 
 import math
 
@@ -140,6 +136,8 @@ def _check(hf: JsonMapping, *, third: bool) -> None:
         reason = "has no shared expert, and llama.cpp expects one"
     elif not hf["q_lora_rank"] and hf["num_hidden_layers"] not in ONE_QUERY_PROJECTION:
         reason = "has one projection of queries, which llama.cpp expects of 26 or 27 layers alone"
+    elif third and hf["n_group"] > 1 and hf["n_routed_experts"] == 2 * hf["n_group"]:
+        reason = "has groups of 2 experts, of which llama.cpp selects others"
     elif third and not hf["rope_interleave"]:
         reason = "rotates the two halves of a vector, and llama.cpp adjacent pairs"
     elif hf["attention_bias"]:

@@ -21,13 +21,8 @@ from easyllm.models.families.family import (
     write_model,
     write_windows,
 )
-from easyllm.models.families.gguf_layout import (
-    LLAMA_NAMES,
-    GGUFLayout,
-    GGUFMetadata,
-    minus_one,
-    read_llama,
-)
+from easyllm.models.families.gemma_gguf import GGUF, GGUF2, write_gguf2
+from easyllm.models.families.gguf_write import write_llama
 from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig, RMSNormConfig
 
 SANDWICH = {
@@ -111,49 +106,6 @@ def keymap(config: ModelConfig) -> KeyMap:
     return llama_keymap(config, norms=SANDWICH if config.family == "gemma2" else None)
 
 
-_LAYERS_27B = 46
-"""Number of layers by which llama.cpp recognises Gemma 2 27B, because its GGUF files do not store
-its attention scale."""
-_WINDOW = 4096
-"""llama.cpp's default for files without a sliding window (its first conversions of Gemma 2)."""
-_NORMS = ("output_norm", "blk.{i}.attn_norm", "blk.{i}.ffn_norm")
-_MORE_NORMS = {
-    "blk.{i}.post_attention_norm": "model.layers.{i}.post_attention_layernorm",
-    "blk.{i}.ffn_norm": "model.layers.{i}.pre_feedforward_layernorm",
-    "blk.{i}.post_ffw_norm": "model.layers.{i}.post_feedforward_layernorm",
-}
-
-
-def read_gguf2(metadata: GGUFMetadata) -> JsonObject:
-    """Converts GGUF metadata of the architecture `gemma2`.
-
-    Attention is scaled by the head dimension or, in the 27B model, by the hidden size divided by
-    the number of heads.
-    """
-    hf = read_llama(metadata, "gemma2")
-    wide = hf["num_hidden_layers"] == _LAYERS_27B
-    return hf | {
-        "sliding_window": metadata.get("attention.sliding_window", _WINDOW),
-        "attn_logit_softcapping": metadata.get("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": metadata.get("final_logit_softcapping", 30.0),
-        "query_pre_attn_scalar": hf["hidden_size"] // hf["num_attention_heads"]
-        if wide
-        else hf["head_dim"],
-    }
-
-
-GGUF = GGUFLayout(
-    architectures=("gemma",),
-    read_config=lambda metadata: read_llama(metadata, "gemma"),
-    names=LLAMA_NAMES,
-    transforms=dict.fromkeys(_NORMS, minus_one),
-)
-GGUF2 = GGUFLayout(
-    architectures=("gemma2",),
-    read_config=read_gguf2,
-    names={**LLAMA_NAMES, **_MORE_NORMS},
-    transforms=dict.fromkeys((*_NORMS, *_MORE_NORMS), minus_one),
-)
 GEMMA, GEMMA2 = (
     Family(
         name=name,
@@ -162,6 +114,7 @@ GEMMA, GEMMA2 = (
         write_config=write_config,
         keymap=keymap,
         gguf=gguf,
+        write_gguf=write,
     )
-    for name, gguf in (("gemma", GGUF), ("gemma2", GGUF2))
+    for name, gguf, write in (("gemma", GGUF, write_llama), ("gemma2", GGUF2, write_gguf2))
 )

@@ -24,20 +24,12 @@ from easyllm.models.families.family import (
     write_windows,
 )
 from easyllm.models.families.gemma import SANDWICH
-from easyllm.models.families.gguf_layout import (
-    LLAMA_NAMES,
-    QK_NORMS,
-    GGUFLayout,
-    GGUFMetadata,
-    minus_one,
-    read_llama,
-)
+from easyllm.models.families.gemma_gguf import GGUF3, GLOBAL, LOCAL, PERIOD_3, write_gguf3
 from easyllm.models.families.rope_config import read_rope, write_rope
 from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig, RMSNormConfig
 from easyllm.nn.position_config import Rope
 
 _GELU = "gelu_pytorch_tanh"
-_PATTERN, _LOCAL, _GLOBAL = 6, 10000.0, 1000000.0
 _DEFAULTS = {
     "num_key_value_heads": 4,
     "head_dim": 256,
@@ -57,7 +49,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
     refuse(hf, {"hidden_activation": _GELU, "use_bidirectional_attention": False})
     bias = bool(hf.get("attention_bias", False))
     norm = RMSNormConfig(eps=hf.get("rms_norm_eps", 1e-6), unit_offset=True)
-    every = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or _PATTERN
+    every = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or PERIOD_3
     near, far = _ropes(hf)
 
     def layer(number: int) -> tuple[AttentionConfig, GLUConfig]:
@@ -102,11 +94,11 @@ def _ropes(hf: HFConfig) -> tuple[Rope, Rope]:
             "this family (expected full_attention and sliding_attention)"
         )
     else:
-        near = {"rope_theta": hf.get("rope_local_base_freq", _LOCAL)}
+        near = {"rope_theta": hf.get("rope_local_base_freq", LOCAL)}
         far = {key: hf.get(key) for key in ("rope_theta", "rope_scaling")}
     return (
-        read_rope(near | plain, width, theta=_LOCAL),
-        read_rope(far | plain, width, theta=_GLOBAL),
+        read_rope(near | plain, width, theta=LOCAL),
+        read_rope(far | plain, width, theta=GLOBAL),
     )
 
 
@@ -115,7 +107,7 @@ def write_config(config: ModelConfig) -> JsonObject:
     first, feed_forward = dense_layer(config)
     mixers = [expect_part(layer.mixer, AttentionConfig) for layer in config.layers]
     found = {mixer.window is not None: expect_part(mixer.position, Rope) for mixer in mixers}
-    near, far = found.get(True, Rope(theta=_LOCAL)), found.get(False, Rope(theta=_GLOBAL))
+    near, far = found.get(True, Rope(theta=LOCAL)), found.get(False, Rope(theta=GLOBAL))
     if near.scaling is not None:
         raise CheckpointError("the RoPE of its layers with a window is scaled")
     written = write_model(config, model_type="gemma3_text", architecture="Gemma3ForCausalLM")
@@ -143,42 +135,12 @@ def keymap(config: ModelConfig) -> KeyMap:
     return llama_keymap(config, norms=SANDWICH)
 
 
-_LAYERS_27B = 62
-"""Number of layers by which llama.cpp recognises Gemma 3 27B, whose attention scale differs."""
-_NORMS = {
-    "blk.{i}.post_attention_norm": "model.layers.{i}.post_attention_layernorm",
-    "blk.{i}.ffn_norm": "model.layers.{i}.pre_feedforward_layernorm",
-    "blk.{i}.post_ffw_norm": "model.layers.{i}.post_feedforward_layernorm",
-}
-
-
-def read_gguf(metadata: GGUFMetadata) -> JsonObject:
-    """Converts GGUF metadata of the architecture `gemma3`; the windows' base is llama.cpp's."""
-    hf = read_llama(metadata, "gemma3_text")
-    wide = hf["num_hidden_layers"] == _LAYERS_27B
-    per_head = hf["hidden_size"] // hf["num_attention_heads"]
-    return hf | {
-        "rope_theta": float(metadata.get("rope.freq_base", _GLOBAL)),
-        "rope_local_base_freq": float(metadata.get("rope.freq_base_swa", _LOCAL)),
-        "sliding_window": metadata.need("attention.sliding_window"),
-        "sliding_window_pattern": _PATTERN,
-        "final_logit_softcapping": metadata.get("final_logit_softcapping"),
-        "query_pre_attn_scalar": per_head if wide else hf["head_dim"],
-    }
-
-
 FAMILY = Family(
     name="gemma3",
     model_types=("gemma3_text",),
     read_config=read_config,
     write_config=write_config,
     keymap=keymap,
-    gguf=GGUFLayout(
-        architectures=("gemma3",),
-        read_config=read_gguf,
-        names={**LLAMA_NAMES, **QK_NORMS, **_NORMS},
-        transforms=dict.fromkeys(
-            ("output_norm", "blk.{i}.attn_norm", *QK_NORMS, *_NORMS), minus_one
-        ),
-    ),
+    gguf=GGUF3,
+    write_gguf=write_gguf3,
 )

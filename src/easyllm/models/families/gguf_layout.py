@@ -353,6 +353,11 @@ def minus_one(tensor: Tensor, _config: JsonMapping) -> Tensor:
     return tensor - 1
 
 
+def plus_one(tensor: Tensor, _config: JsonMapping) -> Tensor:
+    """The inverse of `minus_one`."""
+    return tensor + 1
+
+
 def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
