@@ -198,6 +198,7 @@ def serve(options: dict[str, Any]) -> dict[str, Any]:
         itemsize=dtype.itemsize,
         scheme=options.get("quantize"),
         cache_itemsize=cache_itemsize(config, cache),
+        device_type="cpu",
     )
     with tempfile.TemporaryDirectory() as folder:
         if adapter:

@@ -110,10 +110,10 @@ def compare(results: JsonObject) -> CalibrationReport:
         name="seconds", planned=results["predicted_seconds"], measured=results["seconds"]
     )
     utilisation = results["predicted_utilisation"] * seconds.planned / max(seconds.measured, 1e-9)
-    kept = keep_calibration(
-        step_factor=bounded(step / step_planned) if step_planned > 0 else None,
-        utilisation=min(1.0, utilisation),
-    )
+    correction: JsonObject = {"utilisation": min(1.0, utilisation)}
+    if planned.get("peak") != "load":  # while weights are read, no step is in memory
+        correction["step_factor"] = bounded(step / step_planned) if step_planned > 0 else None
+    kept = keep_calibration(**correction)
     return CalibrationReport(memory=(*memory, total), seconds=seconds, kept=kept)
 
 

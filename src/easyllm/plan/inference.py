@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from easyllm.core.errors import ConfigError
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.cost import LinearShape
-from easyllm.plan.kv_cache import cache_size
+from easyllm.plan.kv_cache import cache_size, huge_page_bytes, prefill_tokens
 from easyllm.plan.linears import layer_linears, linear_weights, model_linears
 from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import feed_forward_of, inactive_experts, layers_of
@@ -25,16 +25,19 @@ class InferenceEstimate:
         kv_cache: KV cache and recurrent states of all sequences.
         workspace: activations of the widest layer over a prompt, and the logits of each sequence's
             last token.
+        heap: on a CPU, freed activations that the C library's allocator holds, and what the huge
+            pages of the KV cache take in addition; 0 on a GPU.
     """
 
     weights: int
     kv_cache: int
     workspace: int
+    heap: int = 0
 
     @property
     def total(self) -> int:
         """Sum of all components."""
-        return self.weights + self.kv_cache + self.workspace
+        return self.weights + self.kv_cache + self.workspace + self.heap
 
     def fits(self, device_bytes: int) -> bool:
         """Returns whether the total fits into `device_bytes` of free memory."""
@@ -125,6 +128,7 @@ def estimate_inference(
     itemsize: int = HALF,
     scheme: str | None = None,
     cache_itemsize: float = HALF,
+    device_type: str | None = None,
 ) -> InferenceEstimate:
     """Estimates the memory of generating with `sequences` sequences of up to `context` tokens.
 
@@ -134,13 +138,19 @@ def estimate_inference(
         itemsize: bytes per element of unquantized weights and of activations.
         scheme: quantization format of the weights; None for unquantized weights.
         cache_itemsize: bytes per element of the KV cache, including scales.
+        device_type: `cpu` adds what its allocators hold.
     """
     tokens = min(context, PREFILL_TOKENS) if prompt is None else prompt
     widest = max(feed_forward_of(layer).inner_elements(tokens) for layer in layers_of(config))
     workspace = 2 * tokens * config.hidden_size * FP32 + widest * itemsize
     cache = cache_size(config, context=context, sequences=sequences, itemsize=cache_itemsize)
+    heap = 0
+    if device_type == "cpu":
+        written = prefill_tokens(config, context=context, sequences=sequences, step=tokens)
+        heap = workspace + huge_page_bytes(config, written, cache_itemsize) - cache.total
     return InferenceEstimate(
         weights=loaded_weight_bytes(config, itemsize, scheme),
         kv_cache=cache.total,
         workspace=workspace + sequences * config.vocab_size * FP32,
+        heap=max(0, heap),
     )

@@ -1,8 +1,10 @@
 """Memory of the KV cache and of recurrent states, as `engine/kv_cache` stores them."""
 
+import math
 from dataclasses import dataclass
 
 from easyllm.nn.config import AttentionConfig, ModelConfig
+from easyllm.ops.huge_memory import FIRST_BYTES, HUGE
 from easyllm.plan.parts import layers_of, mixer_of
 
 
@@ -72,6 +74,35 @@ def rolling_window(config: ModelConfig) -> Rolling | None:
     if not windows or len(windows) < len(mixers):
         return None
     return Rolling(window=max(windows), num_sinks=max(m.num_sinks for m in mixers))
+
+
+def prefill_tokens(config: ModelConfig, *, context: int, sequences: int, step: int) -> int:
+    """Returns the maximum number of tokens whose keys are stored at a time.
+
+    With a window in every layer, a step writes all its tokens before those outside are freed.
+
+    Args:
+        context: tokens per sequence.
+        sequences: number of sequences.
+        step: tokens of a forward pass.
+    """
+    kept = _tokens_kept(config, context)
+    return sequences * kept + (min(step, sequences * context) if kept < context else 0)
+
+
+def huge_page_bytes(config: ModelConfig, tokens: int, itemsize: float) -> int:
+    """Returns the memory that the stored keys and values of `tokens` tokens take on a CPU.
+
+    The system supplies them in huge pages of 2 MB, except for the first 256 kB of a tensor
+    (`ops.huge_memory.growing_empty`), so that a layer's few tokens take a whole page. Scales of a
+    quantized cache are counted with the values.
+    """
+    total = 0
+    for layer in layers_of(config):
+        one = mixer_of(layer).cache_elements() * itemsize / 2 * tokens  # keys, or values
+        pages = math.ceil(max(0.0, one - FIRST_BYTES) / HUGE)
+        total += 2 * round(min(one, FIRST_BYTES) + pages * HUGE)
+    return total
 
 
 def _tokens_kept(config: ModelConfig, context: int) -> int:

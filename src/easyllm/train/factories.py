@@ -43,6 +43,8 @@ class BaseModelSource:
         values: returns the named parameters in fp32.
         check: raises unless the source's files match a model; reads no weights.
         packed: storage format of the source's weights if they are quantized, else None.
+        file_bytes: size of the files of weights, which are mapped while they are read; 0 for a new
+            model.
     """
 
     config: ModelConfig
@@ -52,6 +54,7 @@ class BaseModelSource:
     values: Callable[[Collection[str]], dict[str, Tensor]]
     check: Callable[[Decoder], None] = lambda _: None
     packed: StorageFormat | None = None
+    file_bytes: int = 0
 
 
 def find_base_model(config: TrainConfig) -> BaseModelSource:
@@ -88,6 +91,7 @@ def find_base_model(config: TrainConfig) -> BaseModelSource:
         opened.parameters,
         partial(_check, opened, config.quantize),
         opened.packed,
+        sum(file.size for file in opened.tensors.files),
     )
 
 

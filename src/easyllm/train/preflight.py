@@ -17,6 +17,7 @@ from easyllm.nn.decoder import Decoder
 from easyllm.ops.huge_memory import STEP_BUFFERS
 from easyllm.plan.calibration import read_calibration
 from easyllm.plan.compute import USUAL_MFU, estimate_time, training_flops
+from easyllm.plan.inference import loaded_weight_bytes
 from easyllm.plan.machine import matmul_rate
 from easyllm.plan.memory import (
     MemoryEstimate,
@@ -26,7 +27,7 @@ from easyllm.plan.memory import (
 )
 from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import count_adapter_parameters, virtual_tokens
-from easyllm.plan.process import process_bytes
+from easyllm.plan.process import LOADED_LATER, process_bytes
 from easyllm.quant import KEPT
 from easyllm.train.config import TrainConfig
 from easyllm.train.data_config import CorpusDataConfig
@@ -57,6 +58,8 @@ class RunPlan:
         memory: estimated peak memory of what the run allocates.
         process_bytes: memory of the interpreter, torch and the data, before anything is allocated,
             and of what they load later.
+        load_bytes: weights and the files that they are read from, which are mapped until all are
+            read; 0 for a new model.
         step_factor: measured correction of what a step allocates (`plan.calibration`).
         free_bytes: memory of the device that is free now.
         device_type: `cpu` or `cuda`.
@@ -74,6 +77,7 @@ class RunPlan:
     utilisation: float
     memory: MemoryEstimate
     process_bytes: int
+    load_bytes: int = 0
     step_factor: float = 1.0
     free_bytes: int
     device_type: str = "cpu"
@@ -83,7 +87,16 @@ class RunPlan:
     def predicted_peak_bytes(self) -> int:
         """Estimated peak of the whole process's memory; on a GPU, without what is on the GPU."""
         on_host = self.memory.total if self.device_type == "cpu" else 0
-        return self.process_bytes + on_host + self.correction_bytes
+        # libraries that the process loads later are not there yet while weights are read
+        loading = self.process_bytes - LOADED_LATER + self.load_bytes
+        return max(self.process_bytes + on_host + self.correction_bytes, loading)
+
+    @property
+    def peak(self) -> str:
+        """When the process's memory is highest: `load`, or a peak of the step on a CPU."""
+        corrected = self.memory.total + self.correction_bytes
+        on_cpu = self.device_type == "cpu"
+        return self.memory.peak if on_cpu and corrected > self.load_bytes - LOADED_LATER else "load"
 
     @property
     def correction_bytes(self) -> int:
@@ -98,13 +111,14 @@ class RunPlan:
         """Returns what the manifest of the run keeps, to compare it with what was measured."""
         found: JsonObject = {
             "predicted_peak_bytes": self.predicted_peak_bytes,
-            "uncorrected_peak_bytes": self.predicted_peak_bytes - self.correction_bytes,
+            "uncorrected_peak_bytes": replace(self, step_factor=1.0).predicted_peak_bytes,
             "predicted_seconds": round(self.seconds, 1),
             "predicted_utilisation": self.utilisation,
             "predicted_bytes": {
                 "process": self.process_bytes,
                 **self.memory.components(),
-                "peak": self.memory.peak,
+                "load": self.load_bytes,
+                "peak": self.peak,
             },
         }
         if self.device_type != "cpu":
@@ -166,6 +180,7 @@ def preflight(
     total_steps: int,
     device: torch.device,
     flops_per_s: float | None = None,
+    file_bytes: int = 0,
 ) -> RunPlan:
     """Prints the data, the plan and any warnings of a run; returns the plan.
 
@@ -176,7 +191,9 @@ def preflight(
     out.print(f"data: {training_data.summary}", soft_wrap=True)
     for warning in (*training_data.warnings, *few_steps(config, training_data, total_steps)):
         out.print(f"warning: {warning}", soft_wrap=True)
-    plan = plan_run(config, model, objective, training_data, total_steps, device, flops_per_s)
+    plan = plan_run(
+        config, model, objective, training_data, total_steps, device, flops_per_s, file_bytes
+    )
     out.print(plan.line(), soft_wrap=True)
     if not plan.memory.fits(plan.free_bytes):
         out.print(
@@ -217,8 +234,11 @@ def plan_run(
     total_steps: int,
     device: torch.device,
     flops_per_s: float | None = None,
+    file_bytes: int = 0,
 ) -> RunPlan:
     """Estimates time and memory of a run from its configuration and the machine's matmul rate.
+
+    `file_bytes` is the size of the files that the weights are read from.
 
     Raises:
         ConfigError: an adapter does not fit the model.
@@ -269,11 +289,17 @@ def plan_run(
         utilisation=utilisation,
         memory=memory,
         process_bytes=process_bytes(),
+        load_bytes=_load_bytes(model, dtype, scheme, file_bytes),
         step_factor=measured.step_factor or 1.0,
         free_bytes=free,
         device_type=device.type,
         helps=tuple(change.what for change in helps if change.fits),
     )
+
+
+def _load_bytes(model: ModelConfig, dtype: torch.dtype, scheme: str | None, file_bytes: int) -> int:
+    """Returns the bytes of loaded weights and of the mapped files; 0 without files."""
+    return file_bytes + loaded_weight_bytes(model, dtype.itemsize, scheme) if file_bytes else 0
 
 
 def _shared_tokens(

@@ -213,6 +213,7 @@ def prepare(
         total_steps,
         device,
         flops_per_s,
+        origin.file_bytes,
     )
     return Prepared(device, origin, objective, training_data, plan)
 

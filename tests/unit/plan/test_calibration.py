@@ -46,5 +46,21 @@ def test_two_steps_correct_the_buffers_and_the_utilisation():
     assert read_calibration() == found.kept
 
 
+def test_a_peak_while_weights_are_read_says_nothing_of_a_step():
+    results = {
+        "predicted_bytes": {"process": 300, "weights": 100, "optimizer": 200, "peak": "load"},
+        "measured_bytes": {"weights": 100, "optimizer": 200},
+        "uncorrected_peak_bytes": 1000,
+        "peak_rss_bytes": 1200,
+        "predicted_seconds": 10.0,
+        "predicted_utilisation": 0.4,
+        "seconds": 20.0,
+    }
+    keep_calibration(step_factor=1.25)
+    kept = compare(results).kept
+    assert kept.step_factor == 1.25
+    assert kept.utilisation == pytest.approx(0.2)
+
+
 def test_the_process_is_measured():
     assert 50 * 2**20 < process_bytes() < 8 * 2**30

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from easyllm.models.describe import describe
+from easyllm.ops.huge_memory import FIRST_BYTES, HUGE
 from easyllm.plan.fit import evening_runs, fits_into
 from easyllm.plan.hardware import find_hardware
 from easyllm.plan.inference import estimate_inference
+from easyllm.plan.kv_cache import huge_page_bytes, prefill_tokens
 from easyllm.plan.memory import estimate_training
 from easyllm.plan.serving import paged_bytes, serving_ceiling
 
@@ -45,6 +47,29 @@ def test_a_sequence_takes_whole_pages_and_a_window_one_more():
     assert paged_bytes(LLAMA, 17, 2, 16) == 32 * per_token
     mistral = describe("mistral-7b")
     assert paged_bytes(mistral, 32_768, 2, 16) == (4096 + 16) * 131_072
+
+
+def test_few_tokens_take_whole_huge_pages_of_each_layer():
+    config = describe("smollm2-135m")  # 768 bytes of keys per token and layer in fp32
+    assert huge_page_bytes(config, 256, 4) == 60 * 256 * 768
+    assert huge_page_bytes(config, 1024, 4) == 60 * (FIRST_BYTES + HUGE)
+    assert huge_page_bytes(config, 4096, 4) == 60 * (FIRST_BYTES + 2 * HUGE)
+
+
+def test_a_step_stores_its_tokens_before_those_outside_the_window_are_freed():
+    mistral, full = describe("mistral-7b"), describe("smollm2-135m")
+    assert prefill_tokens(mistral, context=32_768, sequences=2, step=2048) == 2 * 4096 + 2048
+    assert prefill_tokens(full, context=256, sequences=4, step=896) == 1024
+
+
+def test_only_a_cpu_holds_freed_memory():
+    config, setup = describe("smollm2-135m"), {"context": 256, "sequences": 4}
+    on_gpu = estimate_inference(config, **setup)
+    on_cpu = estimate_inference(config, **setup, device_type="cpu")
+    assert on_gpu.heap == 0
+    huge = huge_page_bytes(config, 1024, 2)
+    assert on_cpu.total - on_gpu.total == on_cpu.heap
+    assert on_cpu.heap > huge - on_cpu.kv_cache
 
 
 def test_what_fits_is_the_largest():

@@ -8,6 +8,7 @@ import torch
 
 from easyllm.batches.loader import Loader
 from easyllm.examples.sample import Sample
+from easyllm.plan.process import LOADED_LATER
 from easyllm.train.config import TrainConfig
 from easyllm.train.objectives import DPO
 from easyllm.train.preflight import ENOUGH_STEPS, few_steps, plan_run
@@ -103,3 +104,18 @@ def test_a_shared_prompt_is_planned_once_where_it_is_computed_once(adapter):
     expected = 1.0 if adapter else (tokens - shared) / tokens
     assert plans[1].flops / plans[0].flops == pytest.approx(expected)
     assert plans[1].tokens == plans[0].tokens == 3 * tokens
+
+
+def test_reading_the_weights_is_the_peak_of_a_small_step():
+    groups = [random_group(20, 5, 7, seed=i) for i in range(4)]
+    config = configured(batch_size=2, micro_batch_tokens=64)
+    loader = Loader(groups, batch_size=2, micro_batch_tokens=256, seed=0)
+    data = TrainingData(loader, None, 100, "", [], {"samples": 4}, {})
+    arguments = (config, build_tiny().config, DPO(), data, 6, torch.device("cpu"), 1e12)
+    small, large = plan_run(*arguments), plan_run(*arguments, 10**9)
+    assert small.load_bytes == 0
+    assert small.peak == small.memory.peak
+    assert large.peak == large.predictions()["predicted_bytes"]["peak"] == "load"
+    loading = large.process_bytes - LOADED_LATER + large.load_bytes
+    assert large.predicted_peak_bytes == loading
+    assert large.load_bytes > 10**9
