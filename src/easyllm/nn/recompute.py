@@ -4,7 +4,7 @@ The other activations are recomputed in the backward pass (Chen et al. 2016, arX
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,6 @@ from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder, DecoderLayer
 
 Recompute = Literal["none", "selective", "full"]
-
-_checkpoint: Callable[..., Any] = getattr(checkpoint, "__wrapped__", checkpoint)
-"""PyTorch's function without the decorator that hides it from `torch.compile`: that one imports
-the compiler (TorchDynamo, SymPy, Triton) on the first call, about 150 MB that nothing here uses."""
 
 T = TypeVar("T")
 Added = tuple[Tensor, Tensor | None]
@@ -55,15 +51,7 @@ def _recomputed(plain: Callable[..., T]) -> Callable[..., T]:
     def forward(*inputs: object) -> T:
         if not torch.is_grad_enabled():
             return plain(*inputs)
-        return recomputed_call(plain, *inputs)
+        result: T = checkpoint(plain, *inputs, use_reentrant=False)
+        return result
 
     return forward
-
-
-def recomputed_call(function: Callable[..., T], *inputs: object) -> T:
-    """Returns `function(*inputs)`, which the backward pass computes again from its inputs.
-
-    `torch.utils.checkpoint` without the decorator that imports the compiler of PyTorch.
-    """
-    result: T = _checkpoint(function, *inputs, use_reentrant=False)
-    return result

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from easyllm.batches.packing import Batch
 from easyllm.batches.shared_prompts import ANSWERS, share_prompts, shares_prompts
@@ -17,7 +18,6 @@ from easyllm.engine.sampling import apply_sampling_filters
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import rowwise_logprobs
-from easyllm.nn.recompute import recomputed_call
 from easyllm.ops.cross_entropy import even_chunks, rows_of_chunk
 from easyllm.ops.token_logprobs import linear_logprobs
 
@@ -61,7 +61,7 @@ def token_logprobs(
         chosen = torch.arange(start, min(start + size, len(labels)), device=labels.device)
         arguments = (hidden[chosen], labels[chosen], chosen)
         parts.append(
-            recomputed_call(compute, *arguments)
+            checkpoint(compute, *arguments, use_reentrant=False)
             if torch.is_grad_enabled() and hidden.requires_grad
             else compute(*arguments)
         )

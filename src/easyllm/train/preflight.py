@@ -27,7 +27,7 @@ from easyllm.plan.memory import (
 )
 from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import count_adapter_parameters, virtual_tokens
-from easyllm.plan.process import LOADED_LATER, process_bytes
+from easyllm.plan.process import LOADED_LATER, later_bytes, process_bytes
 from easyllm.quant import KEPT
 from easyllm.train.config import TrainConfig
 from easyllm.train.data_config import CorpusDataConfig
@@ -60,6 +60,7 @@ class RunPlan:
             and of what they load later.
         load_bytes: weights and the files that they are read from, which are mapped until all are
             read; 0 for a new model.
+        later_bytes: share of `process_bytes` that is loaded after the weights.
         step_factor: measured correction of what a step allocates (`plan.calibration`).
         free_bytes: memory of the device that is free now.
         device_type: `cpu` or `cuda`.
@@ -78,6 +79,7 @@ class RunPlan:
     memory: MemoryEstimate
     process_bytes: int
     load_bytes: int = 0
+    later_bytes: int = LOADED_LATER
     step_factor: float = 1.0
     free_bytes: int
     device_type: str = "cpu"
@@ -88,7 +90,7 @@ class RunPlan:
         """Estimated peak of the whole process's memory; on a GPU, without what is on the GPU."""
         on_host = self.memory.total if self.device_type == "cpu" else 0
         # libraries that the process loads later are not there yet while weights are read
-        loading = self.process_bytes - LOADED_LATER + self.load_bytes
+        loading = self.process_bytes - self.later_bytes + self.load_bytes
         return max(self.process_bytes + on_host + self.correction_bytes, loading)
 
     @property
@@ -96,7 +98,11 @@ class RunPlan:
         """When the process's memory is highest: `load`, or a peak of the step on a CPU."""
         corrected = self.memory.total + self.correction_bytes
         on_cpu = self.device_type == "cpu"
-        return self.memory.peak if on_cpu and corrected > self.load_bytes - LOADED_LATER else "load"
+        return (
+            self.memory.peak
+            if on_cpu and corrected > self.load_bytes - self.later_bytes
+            else "load"
+        )
 
     @property
     def correction_bytes(self) -> int:
@@ -273,7 +279,7 @@ def plan_run(
     }
     memory = estimate_training(model, **setup)
     rate, free = flops_per_s or matmul_rate(dtype, device), memory_free_bytes(device)
-    measured = read_calibration()
+    measured, recomputes = read_calibration(), config.checkpoint_activations != "none"
     utilisation = measured.utilisation or USUAL_MFU
     helps = () if memory.fits(free) else memory_reductions(model, free, **setup)
     count, adapter = count_parameters(model).total, config.adapter
@@ -288,7 +294,8 @@ def plan_run(
         seconds=estimate_time(flops, rate, utilisation=utilisation),
         utilisation=utilisation,
         memory=memory,
-        process_bytes=process_bytes(),
+        process_bytes=process_bytes(recomputes=recomputes),
+        later_bytes=later_bytes(recomputes=recomputes),
         load_bytes=_load_bytes(model, dtype, scheme, file_bytes),
         step_factor=measured.step_factor or 1.0,
         free_bytes=free,

@@ -48,13 +48,3 @@ def test_a_plan_of_a_published_size_imports_nothing_that_reads_files_of_a_model(
         "try: main()\nexcept SystemExit as error: assert not error.code"
     )
     assert imported((*SERVERS, *unused, "easyllm.train"), code) == "[]"
-
-
-def test_recomputing_activations_imports_no_compiler():
-    code = (
-        "import torch; from easyllm.nn.recompute import recomputed_call\n"
-        "w = torch.ones(2, 2, requires_grad=True)\n"
-        "recomputed_call(torch.matmul, w, w).sum().backward()\n"
-        "assert w.grad.tolist() == [[4, 4], [4, 4]]"
-    )
-    assert imported(("torch._dynamo", "triton", "sympy"), code) == "[]"

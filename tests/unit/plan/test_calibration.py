@@ -1,10 +1,12 @@
 """What is kept about this machine, and how it corrects a plan."""
 
+import sys
+
 import pytest
 
 from easyllm.pipeline.calibrate_plan import compare
 from easyllm.plan.calibration import Calibration, keep_calibration, read_calibration
-from easyllm.plan.process import process_bytes
+from easyllm.plan.process import COMPILER_BYTES, process_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +66,11 @@ def test_a_peak_while_weights_are_read_says_nothing_of_a_step():
 
 def test_the_process_is_measured():
     assert 50 * 2**20 < process_bytes() < 8 * 2**30
+
+
+def test_the_compiler_is_counted_where_activations_are_recomputed(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    more = process_bytes(recomputes=True) - process_bytes()
+    assert more == pytest.approx(COMPILER_BYTES, abs=20 * 2**20)
+    monkeypatch.setitem(sys.modules, "torch._dynamo", object())
+    assert process_bytes(recomputes=True) - process_bytes() < 20 * 2**20

@@ -12,11 +12,11 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from easyllm.batches.packing import Batch
 from easyllm.core.paths import PathText
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.recompute import recomputed_call
 from easyllm.ops.cross_entropy import IGNORE_INDEX, rows_of_chunk
 from easyllm.train.data_config import CorpusDataConfig, DataConfig
 from easyllm.train.objectives.language_model import LanguageModel, LanguageModelConfig
@@ -69,7 +69,7 @@ class Distillation(LanguageModel):
         plain = distilled = hidden.new_zeros((), dtype=torch.float32)
         for chunk in zip(*(x.split(count) for x in (hidden, teacher, labels)), strict=True):
             # logits are computed again in the backward pass, so that a chunk's are in memory alone
-            ce, kl = recomputed_call(terms, *chunk)
+            ce, kl = checkpoint(terms, *chunk, use_reentrant=False)
             plain, distilled = plain + ce, distilled + kl
         weight, tokens = self.config.weight, len(rows)
         total = (1 - weight) * plain + weight * distilled
