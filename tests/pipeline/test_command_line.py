@@ -191,7 +191,7 @@ def test_user_errors_give_one_sentence_and_exit_code_2(training, tmp_path, tiny_
         (("generate", truncated, "x"), "damaged or truncated"),
         (("generate", tmp_path / "none.gguf", "x"), "does not exist"),
         (("generate", broken, "x"), "damaged or truncated"),
-        (("generate", tiny_folder, "x", "--top-p", "2"), "top_p=2.0"),
+        (("generate", tiny_folder, "x", "--top-p", "2"), "--top-p 2.0"),
         (("generate", tiny_folder, "x", "--min-p", "2"), "--min-p"),
         (("generate", tiny_folder, "x", "--n", 3, "--best-of", 2), "best_of=2 is less than n=3"),
         (("generate", tiny_folder, "x", "--beams", 3, "--draft", "ngram"), "leave out --draft"),

@@ -193,7 +193,7 @@ WORDS = {
         "empty.txt' is a file that describes no model; give a config.json",
     ),
     "prompt lint {folder}": ("is a folder; give a file such as mine.md",),
-    "prompt lint {folder}/binary.txt": ("it is not text in UTF-8",),
+    "prompt lint {folder}/binary.txt": ("it is not UTF-8 text",),
     "train {folder}": ("is a folder; give a YAML file",),
     "train {folder}/binary.yaml": ("is not valid YAML: it is not UTF-8 text; correct it",),
     "generate smollm2 ''": ("error: the prompt is empty; give a text",),

@@ -251,6 +251,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     monkeypatch.setattr(easyllm.engine, "LLM", Recorder)
+    monkeypatch.setattr("easyllm.models.adapted._check", lambda _: None)  # there is no adapter
     monkeypatch.setattr("easyllm.serve.run.serve", lambda *_, **__: None)
     monkeypatch.setattr(
         "easyllm.engine.rates.measure_rates",

@@ -53,7 +53,7 @@ def test_requests_that_are_wrong_are_refused(tiny_model, tiny_tokenizer, tmp_pat
         assert client.put("/history/a", json=body | {"x": 1}).status_code == 400
         assert client.get("/history/a").status_code == 404
         assert client.put("/history/a", json=body).json() == {"revision": 1}
-        assert client.get("/page").json() == {"history": True}
+        assert client.get("/page").json() == {"history": True, "documents": False}
         client.close()
 
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -105,11 +106,7 @@ def generate(
         done = _stream(llm, ids, params, guide, shown=not json_output and params.n == 1)
     seconds = time.perf_counter() - start
     every = [done, *done.others]
-    for each in every:
-        warn_if_cut(each, guide)
-    if not any(each.text for each in every):
-        hint = "" if as_chat else "; to ask it as in a conversation, add --chat"
-        sys.stderr.write(f"note: the model generated no text{hint}\n")
+    _note_ends(every, guide, as_chat=as_chat)
     if json_output:
         tokens = sum(len(each.token_ids) for each in every)
         figures = {"prompt_tokens": len(ids), "tokens_per_s": round(tokens / seconds, 1)}
@@ -208,6 +205,17 @@ def _check_sampling(params: SamplingParams) -> None:
                 f"--{option} {value:g} restricts sampling, but at temperature 0 the most likely "
                 f"token is chosen; add --temperature 1, or leave out --{option}"
             )
+
+
+def _note_ends(
+    completions: Sequence["Completion"], guide: GuideSpec | None, *, as_chat: bool
+) -> None:
+    """Says so if a completion was cut off inside its form, or if none has text."""
+    for each in completions:
+        warn_if_cut(each, guide)
+    if not any(each.text for each in completions):
+        hint = "" if as_chat else "; to ask it as in a conversation, add --chat"
+        sys.stderr.write(f"note: the model generated no text{hint}\n")
 
 
 def _beam_params(beams: int, length_penalty: float, params: SamplingParams) -> BeamParams | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from easyllm.batches.loader import StepSize
 from easyllm.batches.shared_prompts import shares_prompts
 from easyllm.core.device import memory_free_bytes
 from easyllm.core.errors import ConfigError
@@ -256,27 +257,7 @@ def plan_run(
     row = min(config.data.max_seq_len, config.micro_batch_tokens)
     computed = tokens - _shared_tokens(config, model, training_data, epochs)
     flops = training_flops(model, (row,), adapter=config.adapter).total / row * computed
-    # blocks of a GGUF file have at most 8.5 bits a weight
-    scheme = "int8" if config.quantize == KEPT else config.quantize
-    held = MemorySetup(itemsize=dtype.itemsize, adapter=config.adapter, scheme=scheme, step=step)
-    setup: JsonObject = {
-        "micro_batch_tokens": step.tokens,
-        "row_tokens": step.longest,
-        "micro_batches": step.micro_batches,
-        "labelled": step.trained,
-        "dtype": dtype,
-        "optimizer": config.optimizer.kind,
-        "int8_state": getattr(config.optimizer, "state", "fp32") == "int8",
-        "paged": pages_state(config),
-        "momentum": isinstance(config.optimizer, SGDConfig) and config.optimizer.momentum > 0,
-        "adapter": config.adapter,
-        "scheme": scheme,
-        "recompute": config.checkpoint_activations,
-        "dropout": config.dropout > 0,
-        "reference": _reference_kind(objective),
-        "copies": objective.held_bytes(model, held),
-        "device_type": device.type,
-    }
+    setup = _memory_setup(config, model, objective, step, dtype, device)
     memory = estimate_training(model, **setup)
     rate, free = flops_per_s or matmul_rate(dtype, device), memory_free_bytes(device)
     measured, recomputes = read_calibration(), config.checkpoint_activations != "none"
@@ -296,12 +277,44 @@ def plan_run(
         memory=memory,
         process_bytes=process_bytes(recomputes=recomputes),
         later_bytes=later_bytes(recomputes=recomputes),
-        load_bytes=_load_bytes(model, dtype, scheme, file_bytes),
+        load_bytes=_load_bytes(model, dtype, setup["scheme"], file_bytes),
         step_factor=measured.step_factor or 1.0,
         free_bytes=free,
         device_type=device.type,
         helps=tuple(change.what for change in helps if change.fits),
     )
+
+
+def _memory_setup(
+    config: TrainConfig,
+    model: ModelConfig,
+    objective: Objective,
+    step: StepSize,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> JsonObject:
+    """Returns what the memory of a run depends on, as arguments of `estimate_training`."""
+    # blocks of a GGUF file have at most 8.5 bits a weight
+    scheme = "int8" if config.quantize == KEPT else config.quantize
+    held = MemorySetup(itemsize=dtype.itemsize, adapter=config.adapter, scheme=scheme, step=step)
+    return {
+        "micro_batch_tokens": step.tokens,
+        "row_tokens": step.longest,
+        "micro_batches": step.micro_batches,
+        "labelled": step.trained,
+        "dtype": dtype,
+        "optimizer": config.optimizer.kind,
+        "int8_state": getattr(config.optimizer, "state", "fp32") == "int8",
+        "paged": pages_state(config),
+        "momentum": isinstance(config.optimizer, SGDConfig) and config.optimizer.momentum > 0,
+        "adapter": config.adapter,
+        "scheme": scheme,
+        "recompute": config.checkpoint_activations,
+        "dropout": config.dropout > 0,
+        "reference": _reference_kind(objective),
+        "copies": objective.held_bytes(model, held),
+        "device_type": device.type,
+    }
 
 
 def _load_bytes(model: ModelConfig, dtype: torch.dtype, scheme: str | None, file_bytes: int) -> int:

@@ -245,7 +245,8 @@ def faulty(mixer=None, feed_forward=None, **others):
     [
         (
             faulty(layers=[{"mixer": {"num_heads": 4}, "feed_forward": FEED_FORWARD}]),
-            "missing key 'layers.0.mixer.kind'; known kinds are 'attention', 'linear_attention'",
+            "missing key 'layers.0.mixer.kind'; known kinds are 'attention', 'latent_attention', "
+            "'linear_attention'",
         ),
         (
             faulty({"position": "alibi"}),

@@ -72,10 +72,16 @@ def replaced(monkeypatch):
         monkeypatch.setattr(
             "easyllm.nn.decoder.build_feed_forward", lambda config, hidden_size, layer: make()
         )
-        _layers_of.cache_clear()
+        forget()
 
     yield replace
+    forget()
+
+
+def forget():
+    """Empties what plans keep of a configuration's layers."""
     _layers_of.cache_clear()
+    model_linears.cache_clear()
 
 
 def test_a_new_part_is_planned_by_its_own_cost(replaced):

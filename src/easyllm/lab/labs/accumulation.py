@@ -1,12 +1,13 @@
 """Gradient accumulation equals a large batch, unless losses are averaged twice; exact resume."""
 
 import copy
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
 from easyllm.batches.packing import pack
+from easyllm.core.json_types import JsonObject
 from easyllm.examples.sample import Sample
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
 from easyllm.lab.small_models import new_model, small_config, token_chains
@@ -21,7 +22,7 @@ from easyllm.train.precision import PrecisionPolicy
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 4}
+    quick_values: ClassVar[JsonObject] = {"steps": 4}
 
     steps: PositiveInt = Field(default=20, ge=2, le=500, description="Steps of the resumed run.")
     longest: PositiveInt = Field(default=48, ge=8, le=256, description="Longest text, in tokens.")

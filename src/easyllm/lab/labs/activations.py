@@ -1,10 +1,11 @@
 """Activations: GELU and its approximations, and the width of a gated feed-forward."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.models.describe import describe
 from easyllm.nn.config import GLUConfig
@@ -17,7 +18,7 @@ LLAMAS = ("llama-7b", "llama-13b", "llama-33b", "llama-65b")
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"points": 2001}
+    quick_values: ClassVar[JsonObject] = {"points": 2001}
 
     points: PositiveInt = Field(
         default=200_001, ge=101, le=2_000_001, description="Points at which functions are compared."

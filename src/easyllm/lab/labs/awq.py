@@ -1,10 +1,11 @@
 """AWQ: scaling the columns of large activations before rounding."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
 from easyllm.nn.config import RMSNormConfig
 from easyllm.nn.linear import Linear
@@ -19,7 +20,7 @@ from easyllm.quant.statistics import Statistics, output_error
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"width": 64, "tokens": 64}
+    quick_values: ClassVar[JsonObject] = {"width": 64, "tokens": 64}
 
     width: PositiveInt = Field(default=256, multiple_of=64, le=4096, description="Inputs.")
     tokens: PositiveInt = Field(default=512, le=8192, description="Calibration rows.")

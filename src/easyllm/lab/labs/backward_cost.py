@@ -1,10 +1,11 @@
 """The backward pass costs twice the forward pass, and what is left out of that."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
 from easyllm.adapters.lora import LoRAConfig
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
 from easyllm.models.describe import describe
 from easyllm.plan.compute import TrainingFlops, training_flops
@@ -13,7 +14,7 @@ from easyllm.plan.compute import TrainingFlops, training_flops
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"tokens": 128}
+    quick_values: ClassVar[JsonObject] = {"tokens": 128}
 
     model: str = Field(default="smollm2-135m", description="A published size.")
     tokens: PositiveInt = Field(default=1024, le=8192, description="Length of the sequence.")

@@ -2,11 +2,12 @@
 
 import math
 import random
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.examples.blank_infilling import BlankTokens, infilled, poisson_spans
 from easyllm.examples.sample import POSITION_ROWS, Sample
 from easyllm.lab.lab import Grid, Lab, LabConfig, Lines, Result, Text, claim, number
@@ -29,7 +30,7 @@ NAMES = ("x1", "x2", "M", "x4", "M", "S", "x5", "x6", "S", "x3")
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 6, "draws": 300}
+    quick_values: ClassVar[JsonObject] = {"steps": 6, "draws": 300}
 
     mask_ratio: float = Field(default=0.15, gt=0, lt=0.9, description="Share of masked tokens.")
     mean_span: PositiveFloat = Field(default=3.0, le=30, description="λ of the lengths of spans.")

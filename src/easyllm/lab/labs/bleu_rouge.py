@@ -1,9 +1,10 @@
 """BLEU and ROUGE: clipped n-grams, the penalty of short answers, and what neither sees."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.evaluate.metric import Outcome, score, table
 from easyllm.evaluate.text_metrics import bleu_details, modified_precision, text_metrics
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
@@ -26,7 +27,7 @@ SHOWN = ("bleu", "rouge1", "rouge2", "rougeL")
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"repeats": 7}
+    quick_values: ClassVar[JsonObject] = {"repeats": 7}
 
     repeats: PositiveInt = Field(
         default=7, ge=2, le=100, description="How often the degenerate answer repeats `the`."

@@ -1,11 +1,12 @@
 """Masks and rank: a causal attention matrix is invertible, a bidirectional linear one is not."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Grid, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.ops.attention import attention
 from easyllm.ops.attention_rule import AttentionRule
@@ -15,7 +16,7 @@ from easyllm.ops.linear_attention import FEATURE_MAPS, Features, weights
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"tokens": 24}
+    quick_values: ClassVar[JsonObject] = {"tokens": 24}
 
     tokens: PositiveInt = Field(default=64, ge=8, le=512, description="Length of the sequence.")
     head_dim: PositiveInt = Field(default=8, le=64, description="Width of a head.")

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.engine import LLM
 from easyllm.examples.sample import Sample
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
@@ -23,7 +24,7 @@ VOTES = (1, 3, 9)
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 5, "questions": 3, "digits": 3}
+    quick_values: ClassVar[JsonObject] = {"steps": 5, "questions": 3, "digits": 3}
 
     digits: PositiveInt = Field(default=5, ge=2, le=12, description="Digits that are added.")
     steps: PositiveInt = Field(default=600, le=10_000, description="Training steps of each model.")

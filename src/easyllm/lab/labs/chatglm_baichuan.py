@@ -1,11 +1,12 @@
 """ChatGLM, Llama and Baichuan: the same decoder with other parts, and losses of their own."""
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.models.describe import describe
 from easyllm.nn.config import AttentionConfig
@@ -29,7 +30,7 @@ MAX_Z = 2e-4
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"models": ("chatglm-6b", "baichuan-7b", "llama2-7b")}
+    quick_values: ClassVar[JsonObject] = {"models": ("chatglm-6b", "baichuan-7b", "llama2-7b")}
 
     models: tuple[str, ...] = Field(
         default=tuple(PUBLISHED), min_length=1, max_length=12, description="Published sizes."

@@ -1,9 +1,10 @@
 """Why contexts were 2K or 4K: what attention and the KV cache cost by length."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.models.describe import describe
 from easyllm.nn.config import AttentionConfig, ModelConfig
@@ -15,7 +16,7 @@ from easyllm.plan.kv_cache import cache_size
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"doublings": 4}
+    quick_values: ClassVar[JsonObject] = {"doublings": 4}
 
     model: str = Field(default="llama2-13b", description="A published size.")
     doublings: PositiveInt = Field(default=8, ge=2, le=12, description="Lengths 1K, 2K, 4K …")

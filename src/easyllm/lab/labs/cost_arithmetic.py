@@ -1,9 +1,10 @@
 """Parameters, FLOPs, days and KV cache of published models, by the formulas and by the plan."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.models.describe import describe
 from easyllm.plan.compute import estimate_time, training_flops
@@ -17,7 +18,7 @@ DAY = 86400
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"context": 512}
+    quick_values: ClassVar[JsonObject] = {"context": 512}
 
     context: PositiveInt = Field(default=2048, ge=64, le=2048, description="Sequence length.")
     sequences: PositiveInt = Field(default=64, le=4096, description="Sequences in the KV cache.")

@@ -1,9 +1,10 @@
 """Greedy, beam search and sampling: likelihood, repetition, and when beam search is greedy."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.engine import LLM, Completion, SamplingParams
 from easyllm.engine.params import BeamParams
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
@@ -15,7 +16,7 @@ PROMPTS = ("In the morning", "Emma found a", "They walked to", "Last winter Hugo
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 3, "length": 12, "beams": (1, 2)}
+    quick_values: ClassVar[JsonObject] = {"steps": 3, "length": 12, "beams": (1, 2)}
 
     steps: PositiveInt = Field(default=120, le=5000, description="Training steps of the model.")
     length: PositiveInt = Field(default=60, ge=8, le=400, description="Tokens of a completion.")

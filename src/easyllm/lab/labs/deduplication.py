@@ -1,10 +1,11 @@
 """Near-duplicates: which pairs MinHash LSH finds, and test questions inside training text."""
 
 import random
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.corpus.decontaminate import Decontaminator
 from easyllm.corpus.dedup.config import DedupConfig, MinHashConfig, collision_probability
 from easyllm.corpus.dedup.deduplicate import deduplicate
@@ -16,7 +17,7 @@ from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"texts": 20}
+    quick_values: ClassVar[JsonObject] = {"texts": 20}
 
     texts: PositiveInt = Field(default=120, ge=10, le=5000, description="Original texts.")
     bands: PositiveInt = Field(default=20, le=200, description="Bands b.")

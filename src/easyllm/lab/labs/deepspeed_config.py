@@ -7,6 +7,7 @@ from pydantic import Field, PositiveInt
 
 from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.lab.small_models import new_model, small_config, token_chains
 from easyllm.parallel.deepspeed_config import read_deepspeed
@@ -46,7 +47,7 @@ PARAMETERS, DEVICES = 7_500_000_000, 64
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 3}
+    quick_values: ClassVar[JsonObject] = {"steps": 3}
 
     steps: PositiveInt = Field(default=10, le=500, description="Optimizer steps of both loops.")
     window: PositiveInt = Field(

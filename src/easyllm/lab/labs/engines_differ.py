@@ -2,11 +2,12 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.processors import penalise_repetition
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
@@ -20,7 +21,7 @@ from easyllm.verify.compare import compare
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 2, "prompts": 1, "length": 8}
+    quick_values: ClassVar[JsonObject] = {"steps": 2, "prompts": 1, "length": 8}
 
     steps: PositiveInt = Field(default=30, le=5000, description="Training steps of the model.")
     prompts: PositiveInt = Field(default=10, le=50, description="Number of prompts.")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -33,7 +33,7 @@ NAMES = {
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"smallest": True}
+    quick_values: ClassVar[JsonObject] = {"smallest": True}
 
     hours: PositiveFloat = Field(
         default=1.0, ge=0.25, le=48, description="Hours that the evening may take."
@@ -80,7 +80,11 @@ def _plan(parameters: Parameters, folder: Path) -> EveningPlan:
         again = (
             quick_plan(**options)  # type: ignore[arg-type]
             if parameters.smallest
-            else plan_evening(parameters.hours, stored.flops_per_s, **options)  # type: ignore[arg-type]
+            else plan_evening(
+                parameters.hours,
+                stored.flops_per_s,
+                **options,  # type: ignore[arg-type]
+            )
         )
         if again.overrides != stored.overrides:
             raise OutputError(

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from easyllm.batches.packing import pack
+from easyllm.core.json_types import JsonObject
 from easyllm.examples.sample import Sample
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.lab.small_models import mean_loss, new_model, token_chains, train_small
@@ -24,7 +25,7 @@ VOCABULARY = 32
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 6, "experts": 4}
+    quick_values: ClassVar[JsonObject] = {"steps": 6, "experts": 4}
 
     experts: PositiveInt = Field(default=8, ge=2, le=32, description="Experts of a layer.")
     coefficient: PositiveFloat = Field(

@@ -1,10 +1,11 @@
 """A small model beyond its trained length: RoPE, interpolation, NTK, YaRN, ReRoPE, sinks."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.examples.sample import Sample
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.lab.small_models import mean_loss, new_model, small_config, smoothed, train_small
@@ -17,7 +18,7 @@ VOCABULARY = 16
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 6, "trained": 16, "texts": 2}
+    quick_values: ClassVar[JsonObject] = {"steps": 6, "trained": 16, "texts": 2}
 
     trained: PositiveInt = Field(default=32, ge=16, le=256, description="Trained length, tokens.")
     factor: PositiveInt = Field(default=4, ge=2, le=8, description="Length of the test / trained.")

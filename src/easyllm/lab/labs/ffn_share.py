@@ -1,9 +1,10 @@
 """Where the parameters are: the feed-forward holds two thirds of a layer, and often more."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
 from easyllm.models.describe import describe
 from easyllm.plan.parameters import count_parameters
@@ -14,7 +15,7 @@ MODELS = ("gpt2", "gpt3-175b", "llama-7b", "llama2-70b", "mistral-7b", "mixtral-
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"models": ("gpt2", "llama-7b", "llama2-70b")}
+    quick_values: ClassVar[JsonObject] = {"models": ("gpt2", "llama-7b", "llama2-70b")}
 
     models: tuple[str, ...] = Field(
         default=MODELS, min_length=2, max_length=9, description="Published sizes to compare."

@@ -1,11 +1,12 @@
 """FlashAttention's algorithm: exact at every tile size, without the matrix of scores."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.ops.attention import reference_attention
 from easyllm.ops.attention_rule import AttentionRule
@@ -15,7 +16,7 @@ from easyllm.ops.tiled_attention import tiled_attention
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"tokens": 96}
+    quick_values: ClassVar[JsonObject] = {"tokens": 96}
 
     tokens: PositiveInt = Field(default=256, ge=16, le=4096, description="Length of the text.")
     head_dim: PositiveInt = Field(default=64, le=256, description="Width of a head.")

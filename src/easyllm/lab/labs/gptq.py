@@ -1,10 +1,11 @@
 """GPTQ: later columns make up for the rounding of earlier ones, if inputs are correlated."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.quant.gptq import GPTQOptions, gptq
 from easyllm.quant.rtn import rtn
@@ -18,7 +19,7 @@ PLAIN = GPTQOptions(act_order=False, search=False)
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"width": 64, "rows": 32}
+    quick_values: ClassVar[JsonObject] = {"width": 64, "rows": 32}
 
     width: PositiveInt = Field(default=192, multiple_of=64, le=2048, description="Inputs.")
     rows: PositiveInt = Field(default=128, le=4096, description="Outputs.")

@@ -1,11 +1,12 @@
 """A gridworld with known values: dynamic programming, TD and GAE against the truth."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Grid, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.rl.advantages import gae
 from easyllm.rl.gridworld import MarkovDecisionProcess, build_gridworld
@@ -24,7 +25,7 @@ LAMBDAS = (0.0, 0.5, 0.8, 0.9, 0.95, 1.0)
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"episodes": 40}
+    quick_values: ClassVar[JsonObject] = {"episodes": 40}
 
     episodes: PositiveInt = Field(default=600, ge=20, le=20000, description="Sampled episodes.")
     slip: float = Field(default=0.2, ge=0, lt=1, description="Probability of a wrong move.")

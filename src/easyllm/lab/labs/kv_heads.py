@@ -1,10 +1,11 @@
 """MHA, GQA and MQA: what fewer key-value heads save, and when pooling them changes nothing."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.lab.small_models import new_model, small_config
 from easyllm.models.describe import describe
@@ -20,7 +21,7 @@ HEADS = 8
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"tokens": 16}
+    quick_values: ClassVar[JsonObject] = {"tokens": 16}
 
     tokens: PositiveInt = Field(default=64, ge=4, le=512, description="Length of the test text.")
     spread: float = Field(

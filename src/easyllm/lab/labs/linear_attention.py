@@ -1,10 +1,11 @@
 """Linear attention: three forms of one result, and a cost that grows with the length only."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.lab.small_models import small_config
 from easyllm.nn.config import LinearAttentionConfig, ModelConfig
@@ -22,7 +23,7 @@ from easyllm.plan.compute import forward_flops
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"tokens": 48}
+    quick_values: ClassVar[JsonObject] = {"tokens": 48}
 
     tokens: PositiveInt = Field(default=200, ge=8, le=2048, description="Length of the sequence.")
     head_dim: PositiveInt = Field(default=16, le=256, description="Width of a head.")

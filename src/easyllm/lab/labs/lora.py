@@ -1,7 +1,7 @@
 """LoRA and AdaLoRA: step 0 is the base, a merge changes nothing, and ranks go where they help."""
 
 import copy
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt
 from easyllm.adapters import StepInfo, attach, merge
 from easyllm.adapters.adalora import AdaLoRAConfig, AdaLoRASet
 from easyllm.adapters.lora import LoRAConfig
+from easyllm.core.json_types import JsonObject
 from easyllm.examples.sample import Sample
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.lab.small_models import mean_loss, new_model, small_config, token_chains, train_small
@@ -20,7 +21,7 @@ from easyllm.plan.parts import count_adapter_parameters
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 4, "base_steps": 4, "ranks": (1, 4)}
+    quick_values: ClassVar[JsonObject] = {"steps": 4, "base_steps": 4, "ranks": (1, 4)}
 
     ranks: tuple[PositiveInt, ...] = Field(
         default=(1, 2, 4, 8, 16),

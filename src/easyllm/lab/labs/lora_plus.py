@@ -1,13 +1,14 @@
 """LoRA+: a higher rate for the matrix that starts at zero."""
 
 import copy
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
 from easyllm.adapters import attach
 from easyllm.adapters.lora import LoRAConfig
+from easyllm.core.json_types import JsonObject
 from easyllm.examples.sample import Sample
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.lab.small_models import mean_loss, new_model, small_config, token_chains, train_small
@@ -19,7 +20,7 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 2, "base_steps": 2, "width": 32}
+    quick_values: ClassVar[JsonObject] = {"steps": 2, "base_steps": 2, "width": 32}
 
     width: PositiveInt = Field(default=128, multiple_of=16, le=1024, description="Model width.")
     rank: PositiveInt = Field(default=4, le=16, description="Rank of the adapter.")

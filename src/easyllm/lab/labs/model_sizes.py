@@ -1,9 +1,10 @@
 """Parameter counts of published models: what their parts add, and what an expert model uses."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
 from easyllm.models.describe import describe
 from easyllm.plan.kv_cache import cache_size
@@ -29,7 +30,7 @@ EXPERTS, ACTIVE = 8, 2
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {
+    quick_values: ClassVar[JsonObject] = {
         "models": ("qwen1.5-0.5b", "llama2-7b", "mistral-7b", "mixtral-8x7b")
     }
 

@@ -1,10 +1,11 @@
 """NF4: sixteen values for weights that are normally distributed, and what they cost in bits."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.ops.blockwise4 import codebook, dequantize, packed_bytes
 from easyllm.quant.blockwise4 import quantize_blockwise4
@@ -17,7 +18,7 @@ CPU = torch.device("cpu")
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"rows": 64}
+    quick_values: ClassVar[JsonObject] = {"rows": 64}
 
     rows: PositiveInt = Field(default=512, ge=16, le=8192, description="Rows of the weight.")
     columns: PositiveInt = Field(

@@ -1,13 +1,14 @@
 """Pre-norm and post-norm: gradients at the start, and training without a warm-up."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
 from easyllm.batches.packing import pack
+from easyllm.core.json_types import JsonObject
 from easyllm.examples.sample import Sample
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.lab.small_models import new_model, small_config, smoothed, token_chains, train_small
@@ -22,7 +23,7 @@ VOCABULARY = 32
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"layers": 4, "steps": 3}
+    quick_values: ClassVar[JsonObject] = {"layers": 4, "steps": 3}
 
     layers: PositiveInt = Field(default=12, ge=2, le=64, description="Number of layers.")
     steps: PositiveInt = Field(default=80, le=2000, description="Training steps.")

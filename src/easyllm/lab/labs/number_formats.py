@@ -1,12 +1,13 @@
 """fp32, fp16, bf16 and fp8: range and precision, truncation and rounding, and what overflows."""
 
 import math
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.models.describe import describe
 from easyllm.ops.number_formats import (
@@ -26,7 +27,7 @@ NAMES = ("fp32", "fp16", "bf16", "fp8e4m3", "fp8e5m2")
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"values": 500}
+    quick_values: ClassVar[JsonObject] = {"values": 500}
 
     values: PositiveInt = Field(
         default=20_000, ge=100, le=1_000_000, description="Random values to cast."

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
@@ -43,7 +43,7 @@ Lines_ = list[JsonObject]
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 24, "runs": 2}
+    quick_values: ClassVar[JsonObject] = {"steps": 24, "runs": 2}
 
     steps: PositiveInt = Field(default=100, ge=20, le=5000, description="Steps of each run.")
     runs: PositiveInt = Field(default=3, ge=2, le=20, description="Healthy runs of the band.")

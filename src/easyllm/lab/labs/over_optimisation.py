@@ -1,11 +1,12 @@
 """A reward that is optimised too far: proxy rises with KL, the gold reward peaks and falls."""
 
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.evaluate.over_optimisation import over_optimisation
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 
@@ -13,7 +14,7 @@ from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"prompts": 60, "samples": 64}
+    quick_values: ClassVar[JsonObject] = {"prompts": 60, "samples": 64}
 
     prompts: PositiveInt = Field(default=200, ge=20, le=1000, description="Number of prompts.")
     samples: PositiveInt = Field(default=256, ge=16, le=1024, description="Answers per prompt.")

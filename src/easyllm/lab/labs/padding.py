@@ -1,12 +1,13 @@
 """Padding: how many tokens are computed for nothing, and why generation pads on the left."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
 from easyllm.batches.collate import left_pad, next_logits, right_pad, score_padded
 from easyllm.batches.packing import split_by_tokens
+from easyllm.core.json_types import JsonObject
 from easyllm.examples.sample import Sample
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
 from easyllm.lab.small_models import new_model, small_config
@@ -15,7 +16,7 @@ from easyllm.lab.small_models import new_model, small_config
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"texts": 32, "longest": 64}
+    quick_values: ClassVar[JsonObject] = {"texts": 32, "longest": 64}
 
     texts: PositiveInt = Field(default=256, ge=8, le=10_000, description="Number of texts.")
     longest: PositiveInt = Field(default=256, ge=16, le=512, description="Longest, in tokens.")

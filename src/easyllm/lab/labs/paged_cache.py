@@ -1,10 +1,11 @@
 """A paged KV cache: at most a page less one slot is wasted, and forks share pages until written."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.engine.page_table import PageTable
 from easyllm.engine.pages import Namespace, PagePool
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
@@ -16,7 +17,7 @@ from easyllm.verify.laws import through_cache
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"sequences": 20}
+    quick_values: ClassVar[JsonObject] = {"sequences": 20}
 
     sequences: PositiveInt = Field(default=200, le=5000, description="Number of sequences.")
     longest: PositiveInt = Field(default=2048, ge=64, le=32768, description="Longest, in tokens.")

@@ -1,10 +1,11 @@
 """PPO with and without a KL penalty, on a policy of one token with a proxy reward."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.rl.advantages import whiten
 from easyllm.rl.kl import kl_estimate
@@ -17,7 +18,7 @@ Curve = list[tuple[float, float]]
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"rollouts": 6}
+    quick_values: ClassVar[JsonObject] = {"rollouts": 6}
 
     rollouts: PositiveInt = Field(default=150, le=5000, description="Rollouts of 256 tokens.")
     tokens: PositiveInt = Field(default=32, ge=4, le=1024, description="Tokens to choose from.")

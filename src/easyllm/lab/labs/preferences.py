@@ -2,12 +2,13 @@
 
 import copy
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from easyllm.batches.packing import pack
+from easyllm.core.json_types import JsonObject
 from easyllm.examples.prepare import Encoded
 from easyllm.examples.rankings import EncodedRanking
 from easyllm.examples.sample import SampleGroup
@@ -27,7 +28,7 @@ GOOD = 8
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 3, "pairs": 32}
+    quick_values: ClassVar[JsonObject] = {"steps": 3, "pairs": 32}
 
     pairs: PositiveInt = Field(default=512, ge=16, le=10000, description="Training pairs.")
     steps: PositiveInt = Field(default=80, le=2000, description="Training steps.")

@@ -1,12 +1,13 @@
 """Pretraining: where the loss starts, where it can go, and documents that do not see each other."""
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from easyllm.batches.packing import pack
+from easyllm.core.json_types import JsonObject
 from easyllm.examples.sample import Sample
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.lab.small_models import (
@@ -23,7 +24,7 @@ from easyllm.nn.decoder import Decoder
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 5, "vocabulary": 32}
+    quick_values: ClassVar[JsonObject] = {"steps": 5, "vocabulary": 32}
 
     vocabulary: PositiveInt = Field(default=64, ge=8, le=4096, description="Vocabulary size.")
     steps: PositiveInt = Field(default=200, le=5000, description="Training steps.")

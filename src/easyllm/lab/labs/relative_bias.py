@@ -1,10 +1,11 @@
 """Relative positions as a bias: T5's buckets and ALiBi's slopes."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.nn.position import AlibiPosition, alibi_slopes, t5_buckets
 
@@ -12,7 +13,7 @@ from easyllm.nn.position import AlibiPosition, alibi_slopes, t5_buckets
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"distance": 64}
+    quick_values: ClassVar[JsonObject] = {"distance": 64}
 
     heads: PositiveInt = Field(default=8, le=64, description="Number of heads of ALiBi.")
     distance: PositiveInt = Field(default=192, ge=32, le=4096, description="Largest distance.")

@@ -1,9 +1,10 @@
 """Retrieval: words against meanings, and a model that answers what it has never read."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.embed.embedder import load_embedder
 from easyllm.engine import LLM, SamplingParams
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
@@ -88,7 +89,7 @@ MODES: tuple[Mode, ...] = ("bm25", "dense", "fused")
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"answered": 1, "max_tokens": 8}
+    quick_values: ClassVar[JsonObject] = {"answered": 1, "max_tokens": 8}
 
     answered: NonNegativeInt = Field(
         default=8, le=len(FACTS), description="Questions that the language model answers."

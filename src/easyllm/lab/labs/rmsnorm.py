@@ -1,10 +1,11 @@
 """RMSNorm and LayerNorm: equal for inputs of mean zero, and only for those."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.nn.config import LayerNormConfig, RMSNormConfig
 from easyllm.nn.norm import LayerNorm, RMSNorm
@@ -13,7 +14,7 @@ from easyllm.nn.norm import LayerNorm, RMSNorm
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"rows": 8}
+    quick_values: ClassVar[JsonObject] = {"rows": 8}
 
     width: PositiveInt = Field(default=256, ge=4, le=8192, description="Width of the vectors.")
     rows: PositiveInt = Field(default=64, le=4096, description="Number of vectors.")

@@ -1,10 +1,11 @@
 """RoPE: scores depend on distance alone, and fall with it."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Claim, Lab, LabConfig, Lines, Number, Result, Text
 from easyllm.nn.position_config import Rope
 from easyllm.nn.rope_scaling import rope_frequencies
@@ -14,7 +15,7 @@ from easyllm.ops.rotary import apply_rotary
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"distance": 64}
+    quick_values: ClassVar[JsonObject] = {"distance": 64}
 
     head_dim: PositiveInt = Field(default=64, multiple_of=2, le=512, description="Width of a head.")
     theta: float = Field(default=10000.0, gt=1, description="Base of the frequencies.")

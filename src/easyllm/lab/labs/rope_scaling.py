@@ -1,10 +1,11 @@
 """Longer contexts by other frequencies: interpolation, NTK, YaRN."""
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.nn.position_config import LinearScaling, NTKScaling, Rope, YarnScaling
 from easyllm.nn.rope_scaling import critical_dim, ntk_base, rope_frequencies, yarn_attention_factor
@@ -13,7 +14,7 @@ from easyllm.nn.rope_scaling import critical_dim, ntk_base, rope_frequencies, ya
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"head_dim": 64}
+    quick_values: ClassVar[JsonObject] = {"head_dim": 64}
 
     head_dim: PositiveInt = Field(
         default=128, multiple_of=2, ge=16, le=512, description="Width of a head."

@@ -1,10 +1,11 @@
 """Rounding weights: bits, groups, and why one outlier spoils 8-bit activations."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.quant.llm_int8 import quantize_int8
 from easyllm.quant.rtn import rtn
@@ -16,7 +17,7 @@ GROUPS = (16, 32, 64, 128, 256)
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"rows": 32, "tokens": 8}
+    quick_values: ClassVar[JsonObject] = {"rows": 32, "tokens": 8}
 
     rows: PositiveInt = Field(default=256, ge=8, le=4096, description="Rows of the weight.")
     columns: PositiveInt = Field(default=512, multiple_of=256, le=8192, description="Columns.")

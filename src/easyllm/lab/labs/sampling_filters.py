@@ -1,10 +1,11 @@
 """Temperature, top-k, top-p, min-p, typical sampling, and penalties: what each keeps."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.engine.params import SamplingParams
 from easyllm.engine.processors import penalise_output, penalise_repetition
 from easyllm.engine.sampling import apply_sampling_filters
@@ -14,7 +15,7 @@ from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"vocabulary": 100}
+    quick_values: ClassVar[JsonObject] = {"vocabulary": 100}
 
     vocabulary: PositiveInt = Field(default=2000, ge=50, le=100_000, description="Tokens.")
     exponent: PositiveFloat = Field(default=1.2, le=5, description="Zipf exponent of the tokens.")

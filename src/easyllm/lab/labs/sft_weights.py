@@ -1,9 +1,10 @@
 """SFT: which tokens are trained, and how much each response counts."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.examples.conversations import Conversation
 from easyllm.examples.prepare import prepare_conversations, split_responses
 from easyllm.examples.sample import Sample
@@ -18,7 +19,7 @@ LETTERS = "ABCDEFGH"
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {}
+    quick_values: ClassVar[JsonObject] = {}
 
     turns: PositiveInt = Field(default=3, ge=2, le=8, description="Turns of the second session.")
 

@@ -1,11 +1,12 @@
 """Absolute positions: a table that ends, and sinusoids whose products depend on distance."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Grid, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.nn.embedding_position import build_embedding_position
 from easyllm.nn.position_config import Learned, Sinusoidal
@@ -14,7 +15,7 @@ from easyllm.nn.position_config import Learned, Sinusoidal
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"length": 64}
+    quick_values: ClassVar[JsonObject] = {"length": 64}
 
     length: PositiveInt = Field(default=512, ge=32, le=8192, description="Number of positions.")
     width: PositiveInt = Field(default=128, multiple_of=2, le=1024, description="Model width.")

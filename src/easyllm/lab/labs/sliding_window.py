@@ -1,10 +1,11 @@
 """A sliding window: what a layer sees, what layers together see, and a cache that rolls."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Grid, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.lab.small_models import new_model, small_config
 from easyllm.models.describe import describe
@@ -19,7 +20,7 @@ from easyllm.verify.laws import through_cache
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"layers": 2, "tokens": 24}
+    quick_values: ClassVar[JsonObject] = {"layers": 2, "tokens": 24}
 
     window: PositiveInt = Field(default=6, ge=2, le=64, description="Window of the small model.")
     layers: PositiveInt = Field(default=4, le=16, description="Layers of the small model.")

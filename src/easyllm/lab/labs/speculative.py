@@ -1,9 +1,10 @@
 """An engine's two promises: the same text for every batch, and drafts that only save passes."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.request import Request
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
@@ -13,7 +14,7 @@ from easyllm.lab.small_texts import small_language_model, small_texts
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 3, "prompts": 2, "length": 12}
+    quick_values: ClassVar[JsonObject] = {"steps": 3, "prompts": 2, "length": 12}
 
     steps: PositiveInt = Field(default=120, le=5000, description="Training steps of the model.")
     prompts: PositiveInt = Field(default=8, le=64, description="Number of requests.")

@@ -1,9 +1,10 @@
 """Structured prompts: sections survive a round trip, faults are found, structure costs tokens."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
 from easyllm.models import load_tokenizer
 from easyllm.prompt.library import load_prompt, prompt_names, read_prompt_text
@@ -24,7 +25,7 @@ FAULTS = {
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"prompts": ("assistant", "assistant-zh")}
+    quick_values: ClassVar[JsonObject] = {"prompts": ("assistant", "assistant-zh")}
 
     prompts: tuple[str, ...] = Field(
         default=(), max_length=20, description="Prompts by name; empty for all in the package."

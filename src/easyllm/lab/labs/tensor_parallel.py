@@ -1,9 +1,10 @@
 """Tensor parallelism on two processes: the same loss, four all-reduces a layer."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
 from easyllm.lab.two_ranks import VOCABULARY, run_ranks
 from easyllm.models.describe import describe
@@ -15,7 +16,7 @@ MODELS = ("llama2-7b", "llama2-70b", "mixtral-8x7b", "qwen2.5-0.5b", "smollm2-13
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"width": 32}
+    quick_values: ClassVar[JsonObject] = {"width": 32}
 
     width: PositiveInt = Field(default=64, multiple_of=32, le=512, description="Model width.")
 

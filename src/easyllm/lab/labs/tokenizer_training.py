@@ -1,9 +1,10 @@
 """Training tokenizers: bytes per token by vocabulary size, and what normalisation loses."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.lab.small_texts import small_texts
 from easyllm.tokenizer.report import report
@@ -23,7 +24,7 @@ HARD = ("Café déjà vu", "emoji 🙂 and 👩‍👩‍👧", "混合 text 202
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"texts": 20, "sizes": (300, 400)}
+    quick_values: ClassVar[JsonObject] = {"texts": 20, "sizes": (300, 400)}
 
     texts: PositiveInt = Field(default=400, ge=10, le=20000, description="Training texts.")
     sizes: tuple[PositiveInt, ...] = Field(

@@ -1,10 +1,11 @@
 """Experts copied from a dense model: the same function at first, divided work after training."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.examples.sample import Sample
 from easyllm.lab.lab import Bars, Grid, Lab, LabConfig, Result, Text, claim, number
 from easyllm.lab.small_models import mean_loss, new_model, small_config, token_chains, train_small
@@ -17,7 +18,7 @@ SOURCES, VOCABULARY = 2, 32
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"base_steps": 4, "steps": 4}
+    quick_values: ClassVar[JsonObject] = {"base_steps": 4, "steps": 4}
 
     experts: PositiveInt = Field(default=4, ge=3, le=16, description="Experts of a layer.")
     noise: float = Field(

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
@@ -12,6 +12,7 @@ from easyllm.adapters import attach, load_adapter, save_adapter
 from easyllm.adapters.prefix import PrefixTuningConfig
 from easyllm.adapters.prompt import PromptTuningConfig
 from easyllm.adapters.ptuning import PTuningConfig
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
 from easyllm.lab.small_models import (
     mean_loss,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 2, "base_steps": 2}
+    quick_values: ClassVar[JsonObject] = {"steps": 2, "base_steps": 2}
 
     tokens: PositiveInt = Field(default=8, le=64, description="Virtual tokens.")
     base_steps: PositiveInt = Field(default=80, le=2000, description="Steps of the base model.")

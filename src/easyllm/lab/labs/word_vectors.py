@@ -1,12 +1,13 @@
 """Word vectors: a lookup is a product with a one-hot vector; similar contexts make neighbours."""
 
 import random
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.embed.skip_gram import SkipGram, train_word_vectors
 from easyllm.embed.word_config import SkipGramConfig
 from easyllm.embed.word_vectors import WordVectors
@@ -30,7 +31,7 @@ TEMPLATES = (
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"sentences": 200, "epochs": (1, 4)}
+    quick_values: ClassVar[JsonObject] = {"sentences": 200, "epochs": (1, 4)}
 
     sentences: PositiveInt = Field(
         default=1000, ge=50, le=100_000, description="Sentences of the training text."

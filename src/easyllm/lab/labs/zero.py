@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
 from easyllm.lab.two_ranks import LAYOUTS, run_ranks
 from easyllm.parallel.deepspeed_config import read_deepspeed
@@ -19,7 +20,7 @@ PUBLISHED = {0: 120.0, 1: 31.4, 2: 16.6, 3: 1.88}
 class Parameters(LabConfig):
     """Parameters of the lab."""
 
-    quick_values: ClassVar[dict[str, Any]] = {"steps": 2, "width": 32}
+    quick_values: ClassVar[JsonObject] = {"steps": 2, "width": 32}
 
     steps: PositiveInt = Field(default=8, le=200, description="Optimizer steps.")
     width: PositiveInt = Field(default=64, multiple_of=32, le=512, description="Model width.")
