@@ -77,7 +77,7 @@ def test_at_the_first_step_the_margin_is_zero(loss, start):
     attach(model, LoRAConfig(rank=4), seed=0)  # equal to the base before its first step
     found = dpo(model, loss=loss).loss(model, random_batch(*SHAPES))
     assert found.num_tokens == 3
-    assert float(found.sum.detach()) / 3 == pytest.approx(start, abs=1e-6)
+    assert float(found.sum.detach()) / 3 == pytest.approx(start, abs=5e-6)
     assert found.metrics["reward_margin"] == pytest.approx(0.0, abs=1e-5)
 
 

@@ -46,7 +46,9 @@ def loss(model, rows, *words):
 def test_a_training_records_the_mask(tiny_folder, rows, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=tiny_folder, data=rows, output=tmp_path / "run"))
-    done = easyllm("train", recipe, "prompt_mask=prefix", f"data.eval=[{rows}]", "--json")
+    done = easyllm(
+        "train", recipe, "prompt_mask=prefix", "precision=fp32", f"data.eval=[{rows}]", "--json"
+    )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run" / "adapter"
     assert json.loads((folder / SETTINGS_FILE).read_text()) == {"prompt_mask": "prefix"}

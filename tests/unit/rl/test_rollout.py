@@ -25,7 +25,11 @@ def test_the_same_seeds_give_the_same_answers_and_others_do_not(tiny_tokenizer):
     first = roll(PROMPTS, SEEDS)
     assert [len(group) for group in first] == [3, 3]
     assert roll(PROMPTS, SEEDS) == first
-    assert roll(PROMPTS[1:], SEEDS[1:]) == first[1:]  # whatever else is sampled
+    (alone,) = roll(PROMPTS[1:], SEEDS[1:])  # whatever else is sampled
+    assert [a.token_ids for a in alone] == [a.token_ids for a in first[1]]
+    for one, other in zip(alone, first[1], strict=True):
+        # sums depend on the rows of a product on some processors
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
     assert roll(PROMPTS, [s + 1 for s in SEEDS]) != first
     assert len({answer.token_ids for answer in first[0]}) > 1
 

@@ -38,6 +38,7 @@ def recipe(tmp_path, tiny_folder):
                 "model": str(tiny_folder),
                 "data": {"train": [str(tmp_path / "task.jsonl")], "max_seq_len": 64},
                 "adapter": {"rank": 4},
+                "precision": "fp32",
                 "optimizer": {"learning_rate": 0.02},
                 "batch_size": 2,
                 "save_every": 2,
