@@ -89,21 +89,24 @@ class RunPlan:
     @property
     def predicted_peak_bytes(self) -> int:
         """Estimated peak of the whole process's memory; on a GPU, without what is on the GPU."""
-        on_host = self.memory.total if self.device_type == "cpu" else 0
-        # libraries that the process loads later are not there yet while weights are read
-        loading = self.process_bytes - self.later_bytes + self.load_bytes
-        return max(self.process_bytes + on_host + self.correction_bytes, loading)
+        return max(self._loading_bytes, self._step_bytes)
 
     @property
     def peak(self) -> str:
         """When the process's memory is highest: `load`, or a peak of the step on a CPU."""
-        corrected = self.memory.total + self.correction_bytes
-        on_cpu = self.device_type == "cpu"
-        return (
-            self.memory.peak
-            if on_cpu and corrected > self.load_bytes - self.later_bytes
-            else "load"
-        )
+        in_step = self.device_type == "cpu" and self._step_bytes > self._loading_bytes
+        return self.memory.peak if in_step else "load"
+
+    @property
+    def _loading_bytes(self) -> int:
+        """The process while weights are read: what it loads later is not there yet."""
+        return self.process_bytes - self.later_bytes + self.load_bytes
+
+    @property
+    def _step_bytes(self) -> int:
+        """The process in a step."""
+        on_host = self.memory.total if self.device_type == "cpu" else 0
+        return self.process_bytes + on_host + self.correction_bytes
 
     @property
     def correction_bytes(self) -> int:
