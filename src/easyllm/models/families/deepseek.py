@@ -20,9 +20,7 @@ from easyllm.models.families.family import (
     require,
     with_defaults,
 )
-from easyllm.models.families.rope_config import (
-    read_rope,
-)
+from easyllm.models.families.rope_config import read_rope
 from easyllm.nn.config import (
     FeedForward,
     GLUConfig,
