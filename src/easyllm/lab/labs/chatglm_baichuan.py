@@ -8,6 +8,7 @@ from pydantic import Field
 
 from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Result, Text, claim, number
+from easyllm.lab.parameter_bars import parameter_bars
 from easyllm.models.describe import describe
 from easyllm.nn.config import AttentionConfig
 from easyllm.nn.norm_head import unit_rows
@@ -102,17 +103,7 @@ def run(parameters: Parameters) -> Result:
             ),
         ],
         figures=[
-            Bars(
-                title="Parameters by part",
-                x="model",
-                y="parameters, 10⁹",
-                groups=list(counts),
-                series={
-                    "embedding and head": [(c.embedding + c.head) / 1e9 for c in counts.values()],
-                    "attention": [c.attention / 1e9 for c in counts.values()],
-                    "feed-forward": [c.feed_forward / 1e9 for c in counts.values()],
-                },
-            ),
+            parameter_bars(counts),
             Bars(
                 title="KV cache",
                 x="model",

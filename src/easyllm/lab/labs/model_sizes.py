@@ -6,6 +6,7 @@ from pydantic import Field
 
 from easyllm.core.json_types import JsonObject
 from easyllm.lab.lab import Bars, Lab, LabConfig, Result, Text, claim, number
+from easyllm.lab.parameter_bars import parameter_bars
 from easyllm.models.describe import describe
 from easyllm.plan.kv_cache import cache_size
 from easyllm.plan.parameters import count_parameters
@@ -80,18 +81,7 @@ def run(parameters: Parameters) -> Result:
             ),
         ],
         figures=[
-            Bars(
-                title="Parameters by part",
-                x="model",
-                y="parameters, 10⁹",
-                groups=list(counts),
-                series={
-                    "embedding and head": [(c.embedding + c.head) / 1e9 for c in counts.values()],
-                    "attention": [c.attention / 1e9 for c in counts.values()],
-                    "feed-forward": [c.feed_forward / 1e9 for c in counts.values()],
-                },
-                log_y=True,
-            ),
+            parameter_bars(counts, log_y=True),
             Bars(
                 title="Mixtral 8x7B is not 8 × 7B",
                 x="",
