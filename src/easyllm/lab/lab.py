@@ -4,7 +4,7 @@ A lab is one file in `lab/labs` with a value `LAB`; it calls public functions of
 holds nothing that they do. To add one:
 
     class Parameters(LabConfig):
-        quick_values: ClassVar[dict[str, Any]] = {"steps": 5}
+        quick_values: ClassVar[JsonObject] = {"steps": 5}
         steps: PositiveInt = Field(default=200, description="Training steps.")
 
     def run(parameters: Parameters) -> Result: ...
@@ -29,6 +29,8 @@ CHAPTERS = (
     *("inference", "quantization", "data", "alignment"),
 )
 """The chapters in their order."""
+NUMBERS = "numbers.json"
+"""The file of a lab's numbers in the folder of its run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,7 @@ class Lab:
         module: a module that must be installed for it, with the extra that has it.
         repeatable: whether the same seed gives the same numbers; not so if they are times.
         in_folder: whether `run` also gets the folder of its files, in which it resumes.
+        marker: the file by which a folder is known as the lab's: JSON with its name under `lab`.
         nightly: whether `make labs` runs it; a lab of an hour is run by hand.
     """
 
@@ -202,6 +205,7 @@ class Lab:
     repeatable: bool = True
     nightly: bool = True
     in_folder: bool = False
+    marker: str = NUMBERS
 
     def __post_init__(self) -> None:
         assert self.chapter in CHAPTERS, self.chapter

@@ -11,12 +11,11 @@ from easyllm.core.atomic import check_output_free, check_writable, write_atomic,
 from easyllm.core.config import apply_overrides, validate
 from easyllm.core.errors import ConfigError, OutputError, install
 from easyllm.core.json_types import JsonObject
-from easyllm.lab.evening_plan import PLAN_FILE
 from easyllm.lab.figure import draw
-from easyllm.lab.lab import Lab, LabConfig, Language, Result
+from easyllm.lab.lab import NUMBERS, Lab, LabConfig, Language, Result
 from easyllm.lab.page import PAGE_NAME, build_page
 
-NUMBERS, SVG, PNG = "numbers.json", "figure.svg", "figure.png"
+SVG, PNG = "figure.svg", "figure.png"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,9 +152,8 @@ def _check_folder(lab: Lab, output: Path) -> None:
         if output.exists() and not output.is_dir():
             check_output_free(output)
         return
-    marker = PLAN_FILE if lab.in_folder else NUMBERS
     try:
-        found = json.loads((output / marker).read_text(encoding="utf-8"))
+        found = json.loads((output / lab.marker).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict) or found.get("lab") != lab.name:

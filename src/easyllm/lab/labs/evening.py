@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from easyllm.core.errors import OutputError
 from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import console, format_duration
-from easyllm.lab.evening_plan import EveningPlan, load_plan, plan_evening, quick_plan
+from easyllm.lab.evening_plan import PLAN_FILE, EveningPlan, load_plan, plan_evening, quick_plan
 from easyllm.lab.evening_stages import GGUF, Evening, run_stages
 from easyllm.lab.lab import Bars, Claim, Lab, LabConfig, Lines, Number, Result, Text, claim, number
 from easyllm.plan.machine import matmul_rate
@@ -75,30 +75,26 @@ def _plan(parameters: Parameters, folder: Path) -> EveningPlan:
         OutputError: another evening has begun in the folder.
     """
     stored = load_plan(folder)
-    options = {"language": parameters.language, "seed": parameters.seed}
-    if stored is not None:
-        again = (
-            quick_plan(**options)  # type: ignore[arg-type]
-            if parameters.smallest
-            else plan_evening(
-                parameters.hours,
-                stored.flops_per_s,
-                **options,  # type: ignore[arg-type]
-            )
+    plan = _planned(parameters, stored)
+    if stored is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.save(folder)
+        return plan
+    if plan.overrides != stored.overrides:
+        raise OutputError(
+            f"an evening with other parameters has begun in {str(folder)!r} "
+            f"({stored.hours:g} hours); give the same ones, or another output=DIR"
         )
-        if again.overrides != stored.overrides:
-            raise OutputError(
-                f"an evening with other parameters has begun in {str(folder)!r} "
-                f"({stored.hours:g} hours); give the same ones, or another output=DIR"
-            )
-        return stored
+    return stored
+
+
+def _planned(parameters: Parameters, stored: EveningPlan | None) -> EveningPlan:
+    """Returns the plan for these parameters, with the rate that a stored one was planned with."""
+    language, seed = parameters.language, parameters.seed
     if parameters.smallest:
-        plan = quick_plan(**options)  # type: ignore[arg-type]
-    else:
-        plan = plan_evening(parameters.hours, matmul_rate(), **options)  # type: ignore[arg-type]
-    folder.mkdir(parents=True, exist_ok=True)
-    plan.save(folder)
-    return plan
+        return quick_plan(language=language, seed=seed)
+    rate = matmul_rate() if stored is None else stored.flops_per_s
+    return plan_evening(parameters.hours, rate, language=language, seed=seed)
 
 
 def _quality(evening: Evening) -> list[Number]:
@@ -258,4 +254,5 @@ LAB = Lab(
     repeatable=False,
     nightly=False,
     in_folder=True,
+    marker=PLAN_FILE,
 )
