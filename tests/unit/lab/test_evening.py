@@ -59,6 +59,9 @@ def test_other_parameters_are_refused_in_the_folder_of_an_evening(tmp_path):
     with pytest.raises(OutputError, match=r"an evening with other parameters.*2 hours"):
         run_lab(lab, tmp_path, words=["hours=3"])
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+    quick_plan(language="en", seed=0).save(tmp_path)
+    with pytest.raises(OutputError, match="an evening with other parameters"):
+        run_lab(lab, tmp_path)
     (tmp_path / PLAN_FILE).write_text(json.dumps({"lab": "lora"}))
     with pytest.raises(OutputError, match="something else than lab evening"):
         run_lab(lab, tmp_path)

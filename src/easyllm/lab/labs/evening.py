@@ -93,7 +93,8 @@ def _planned(parameters: Parameters, stored: EveningPlan | None) -> EveningPlan:
     language, seed = parameters.language, parameters.seed
     if parameters.smallest:
         return quick_plan(language=language, seed=seed)
-    rate = matmul_rate() if stored is None else stored.flops_per_s
+    # the smallest evening has no rate, and is refused in place of one with hours all the same
+    rate = (stored.flops_per_s if stored is not None else 0.0) or matmul_rate()
     return plan_evening(parameters.hours, rate, language=language, seed=seed)
 
 
