@@ -112,7 +112,7 @@ def plan_a_model(
     source: str, asked: dict[str, Any], options: PlanOptions, *, json_output: bool
 ) -> None:
     """Prints the costs of a model of a known shape."""
-    from easyllm.core.device import parse_dtype
+    from easyllm.core.device import parse_dtype, pick_device
     from easyllm.engine.kv_cache import cache_format, cache_itemsize
     from easyllm.models.describe import describe
     from easyllm.plan import plan_model
@@ -128,6 +128,7 @@ def plan_a_model(
         "itemsize": weights.itemsize,
         "scheme": scheme,
         "cache_itemsize": cache_itemsize(config, kept_as),
+        "device_type": pick_device().type if on is None else "cuda",
     }
     found = plan_model(
         config,
@@ -211,7 +212,8 @@ def _extras(
         gpus, hardware = 1, this_machine(rates)
     if options.fit is not None:
         size = parse_size(options.fit, "--fit")
-        fit = list(fits_into(config, size, context=context, **formats))
+        of_any = {name: value for name, value in formats.items() if name != "device_type"}
+        fit = list(fits_into(config, size, context=context, **of_any))
     if options.formulas:
         setup = _formula_setup(options, on, context)
         formulas = shape_formulas(Shape.of(config), setup)
@@ -277,7 +279,8 @@ def _show(source: str, config: "ModelConfig", found: "ModelPlan", rates: "Rates 
         (
             "serving",
             f"{gigabytes(serving.total)} (weights {gigabytes(serving.weights)}, KV cache "
-            f"{gigabytes(serving.kv_cache)}, workspace {gigabytes(serving.workspace)})",
+            f"{gigabytes(serving.kv_cache)}, workspace {gigabytes(serving.workspace)}"
+            + (f", heap {gigabytes(serving.heap)})" if serving.heap else ")"),
         ),
         ("forward pass per token", flops_text(found.forward_flops_per_token)),
         (f"decoding token {found.context:,}", flops_text(found.token_flops)),

@@ -192,6 +192,7 @@ def plan_model(
     scheme: str | None = None,
     cache_itemsize: float = 2,
     train: bool = False,
+    device_type: str | None = None,
 ) -> ModelPlan:
     """Estimates the cost of serving, and optionally training, a model of this configuration.
 
@@ -203,6 +204,7 @@ def plan_model(
         scheme: quantization format of the weights; None for unquantized weights.
         cache_itemsize: bytes per element of the KV cache, including scales.
         train: also plan training steps, of all weights and of LoRA adapters of rank 16.
+        device_type: `cpu` adds what its allocators hold when serving.
 
     Raises:
         ConfigError: `context` or `sequences` is below 1, or a training row is longer than the
@@ -233,6 +235,7 @@ def plan_model(
             itemsize=itemsize,
             scheme=scheme,
             cache_itemsize=cache_itemsize,
+            device_type=device_type,
         ),
         prefill_flops=forward_flops(config, [context], head_rows=1).total,
         token_flops=decode_flops(config, context).total,

@@ -102,6 +102,7 @@ def serving_ceiling(
     scheme: str | None = None,
     cache_itemsize: float = 2,
     page_size: int = 16,
+    device_type: str | None = None,
 ) -> ServingCeiling:
     """Returns the ceilings of a model on `gpus` devices that share its weights and caches.
 
@@ -114,6 +115,7 @@ def serving_ceiling(
         scheme: quantization format of the weights; None for unquantized weights.
         cache_itemsize: bytes per element of the KV cache, scales included.
         page_size: tokens per page of the cache; a sequence takes whole pages.
+        device_type: `cpu` adds what its allocators hold.
     """
     held = cache_size(config, context=context, itemsize=cache_itemsize)
     memory = estimate_inference(
@@ -122,6 +124,7 @@ def serving_ceiling(
         itemsize=itemsize,
         scheme=scheme,
         cache_itemsize=cache_itemsize,
+        device_type=device_type,
     )
     return ServingCeiling(
         weight_bytes=loaded_weight_bytes(config, itemsize, scheme, read=True),
