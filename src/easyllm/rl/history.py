@@ -23,11 +23,13 @@ class History:
         series: the values of each metric in order of the steps, by name.
         events: number of events of each kind (`skipped`, `spike` ...).
         data: what became of the rows of the data, from the manifest of a finished run.
+        dtype: dtype of the matrix products, from the same manifest; empty if it is not known.
     """
 
     series: dict[str, list[float]]
     events: dict[str, int] = field(default_factory=dict)
     data: JsonObject = field(default_factory=dict)
+    dtype: str = ""
 
     def has(self, name: str) -> bool:
         """Returns whether a metric was logged."""
@@ -86,15 +88,22 @@ def read_history(run: Path) -> History:
         for name, value in line.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 series.setdefault(name, []).append(float(value))
-    return History(series, events, _data_of(run))
+    results = _results_of(run)
+    data, dtype = results.get("data"), results.get("dtype")
+    return History(
+        series,
+        events,
+        data if isinstance(data, dict) else {},
+        dtype if isinstance(dtype, str) else "",
+    )
 
 
-def _data_of(run: Path) -> JsonObject:
+def _results_of(run: Path) -> JsonObject:
     try:
         manifest = json.loads((run / MANIFEST).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    found = manifest.get("results", {}).get("data", {}) if isinstance(manifest, dict) else {}
+    found = manifest.get("results", {}) if isinstance(manifest, dict) else {}
     return found if isinstance(found, dict) else {}
 
 

@@ -120,6 +120,7 @@ class RunPlan:
     def predictions(self) -> JsonObject:
         """Returns what the manifest of the run keeps, to compare it with what was measured."""
         found: JsonObject = {
+            "dtype": self.dtype,
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "uncorrected_peak_bytes": replace(self, step_factor=1.0).predicted_peak_bytes,
             "predicted_seconds": round(self.seconds, 1),

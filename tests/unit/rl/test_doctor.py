@@ -86,6 +86,22 @@ def test_each_check_names_its_fault(change, name):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "nats", "found"),
+    [
+        ("float32", 0.01, []),
+        ("float32", 0.03, ["mismatch"]),
+        ("bfloat16", 0.03, []),
+        ("bfloat16", 0.1, ["mismatch"]),
+    ],
+)
+def test_a_mismatch_is_judged_by_the_rounding_of_the_dtype(tmp_path, dtype, nats, found):
+    row = POLICY | {"rl/mismatch_nats": nats}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(9)))
+    (tmp_path / "manifest.json").write_text(json.dumps({"results": {"dtype": dtype}}))
+    assert [each.name for each in diagnose(tmp_path).findings] == found
+
+
+@pytest.mark.parametrize(
     ("change", "name"),
     [
         ({"eval/reward_accuracy": (0.6, 0.45)}, "reward_accuracy"),
