@@ -1,6 +1,6 @@
 """The objective that GRPO and PPO share: rollouts, rewards, log-probabilities and the loss."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.rl.config import PolicyConfig
+from easyllm.rl.duration import rollout_seconds
 from easyllm.rl.experience import Experience, with_groups
 from easyllm.rl.kl import KLController, kl_estimate
 from easyllm.rl.loader import RolloutLoader
@@ -36,6 +37,7 @@ from easyllm.train.objectives import (
     MemorySetup,
     Objective,
     RunSetup,
+    Speed,
     StepSizes,
     routing_of,
     with_router_losses,
@@ -75,9 +77,10 @@ class PolicyObjective(Objective):
         self._longest = data.max_seq_len
         most = self.config.rollout.max_tokens
         samples, stats = prepare_prompts(data, files, tokenizer, max_new_tokens=most)
-        # an epoch answers each prompt several times
-        stats.tokens *= self.config.rollout.group_size
-        stats.trained_tokens *= self.config.rollout.group_size
+        # an epoch answers each prompt several times, and may learn from an answer several times
+        passes = self.config.rollout.group_size * self.config.rollout.epochs
+        stats.tokens *= passes
+        stats.trained_tokens *= passes
         return samples, stats
 
     def prepare_eval(
@@ -97,7 +100,23 @@ class PolicyObjective(Objective):
         """Returns the tokens of prompts that the updates compute once for a group of answers."""
         rollout = self.config.rollout
         copies = 0 if rollout.deterministic else rollout.group_size - 1
-        return copies * sum(sample.num_tokens for sample in samples)
+        return copies * rollout.epochs * sum(sample.num_tokens for sample in samples)
+
+    def sampling_seconds(
+        self, model: ModelConfig, loader: StepLoader, steps: int, speed: Callable[[], Speed]
+    ) -> float:
+        """Returns the seconds of all rollouts, with the log-probabilities of their answers."""
+        assert isinstance(loader, RolloutLoader), "the loader that this objective builds"
+        rollout = self.config.rollout
+        one = rollout_seconds(
+            rollout,
+            model,
+            loader.prompts,
+            batch_size=loader.batch_size,
+            passes=int(self.needs_old_logprobs) + int(self.needs_reference),
+            speed=speed(),
+        )
+        return one * -(-steps // rollout.num_updates)
 
     def held_bytes(self, model: ModelConfig, setup: MemorySetup) -> dict[str, int]:
         """Returns the bytes of the cache of rollouts, and of the reward model."""

@@ -19,7 +19,7 @@ from easyllm.ops.huge_memory import STEP_BUFFERS
 from easyllm.plan.calibration import read_calibration
 from easyllm.plan.compute import USUAL_MFU, estimate_time, training_flops
 from easyllm.plan.inference import loaded_weight_bytes
-from easyllm.plan.machine import matmul_rate
+from easyllm.plan.machine import matmul_rate, read_rate
 from easyllm.plan.memory import (
     MemoryEstimate,
     ReferenceKind,
@@ -33,7 +33,7 @@ from easyllm.quant import KEPT
 from easyllm.train.config import TrainConfig
 from easyllm.train.data_config import CorpusDataConfig
 from easyllm.train.factories import BaseModelSource, build_model, cannot_train_all
-from easyllm.train.objectives import MemorySetup, Objective
+from easyllm.train.objectives import MemorySetup, Objective, Speed
 from easyllm.train.optim_config import SGDConfig, adamw_of
 from easyllm.train.precision import compute_dtype
 from easyllm.train.training_data import TrainingData
@@ -267,6 +267,15 @@ def plan_run(
     measured, recomputes = read_calibration(), config.checkpoint_activations != "none"
     utilisation = measured.utilisation or USUAL_MFU
     helps = () if memory.fits(free) else memory_reductions(model, free, **setup)
+
+    def speed() -> Speed:
+        reading = measured.read_bytes_per_s or read_rate(device, repeats=1)
+        return Speed(
+            itemsize=dtype.itemsize,
+            flops_per_s=rate * utilisation,
+            read_bytes_per_s=reading,
+        )
+
     count, adapter = count_parameters(model).total, config.adapter
     return RunPlan(
         parameters=count,
@@ -276,7 +285,8 @@ def plan_run(
         tokens=tokens,
         flops=round(flops),
         flops_per_s=rate,
-        seconds=estimate_time(flops, rate, utilisation=utilisation),
+        seconds=estimate_time(flops, rate, utilisation=utilisation)
+        + objective.sampling_seconds(model, training_data.loader, total_steps, speed),
         utilisation=utilisation,
         memory=memory,
         process_bytes=process_bytes(recomputes=recomputes),

@@ -128,6 +128,21 @@ class MemorySetup:
     step: StepSize
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """How fast a machine computes and reads.
+
+    Attributes:
+        itemsize: bytes per element of weights and activations.
+        flops_per_s: FLOP/s that a run reaches.
+        read_bytes_per_s: memory bandwidth in bytes/s.
+    """
+
+    itemsize: int
+    flops_per_s: float
+    read_bytes_per_s: float
+
+
 class Objective:
     """A loss over packed batches, with its data preparation and metrics.
 
@@ -206,6 +221,19 @@ class Objective:
         The reference is not among them: the run knows about it.
         """
         return {}
+
+    def sampling_seconds(
+        self,
+        model: ModelConfig,  # noqa: ARG002 - in overrides
+        loader: StepLoader,  # noqa: ARG002
+        steps: int,  # noqa: ARG002
+        speed: Callable[[], Speed],  # noqa: ARG002
+    ) -> float:
+        """Returns the seconds that a run of `steps` steps takes in addition to its updates.
+
+        `speed` measures the machine, if that is needed.
+        """
+        return 0.0
 
     def after_backward(self, gradient_scale: float, rate_factor: float) -> None:
         """Called before the optimizer step, once all gradients are accumulated and finite.
