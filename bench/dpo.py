@@ -1,15 +1,17 @@
 """LoRA DPO on SmolLM2: pairs/s and peak memory, with the prompt of a pair computed once and twice.
 
-    python bench/dpo.py [--pairs 12] [--rounds 2] [--peer PYTHON] [--record]
+    python bench/dpo.py [--pairs 12] [--rounds 2] [--precision bf16] [--peer PYTHON] [--record]
 
-One epoch at batch size 2, at most 512 tokens a sequence, LoRA of rank 8 on all linears, in fp32;
-the reference pass of every step is counted, loading the model is not. Each measurement is a process
+One epoch at batch size 2, at most 512 tokens a sequence, LoRA of rank 8 on all linears; the
+reference pass of every step is counted, loading the model is not. Each measurement is a process
 of its own, and they take turns. `--peer` is the interpreter of an environment with TRL, whose
 trainer is measured on the same pairs with and without precomputed reference log-probabilities
-(`peers/trl_dpo.py`, which counts building the trainer too).
+(`peers/trl_dpo.py`, which counts building the trainer too); with `--precision bf16` both also with
+its own mixed precision.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -23,6 +25,8 @@ import machine
 ITEMS = ("shared", "separate")
 PEERS = ("trl", "trl_precomputed")
 """TRL without and with `precompute_ref_log_probs`."""
+FP32, BF16 = "bf16=False", "bf16=True"
+"""A setting of TRL's trainers, as it stands in the scripts under `peers`."""
 
 
 def main() -> None:
@@ -30,6 +34,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=machine.SHARED / "data" / "dpo_en_demo.json")
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--peer", type=Path, help="Python with TRL")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--item", choices=ITEMS, help=argparse.SUPPRESS)
@@ -47,11 +52,12 @@ def main() -> None:
                 command = [sys.executable, __file__, "--item", item, *given]
                 found.setdefault(item, []).append(machine.figures_of(command))
             if options.peer:
-                script = machine.SHARED / "peers" / "trl_dpo.py"
-                for precompute, item in enumerate(PEERS):
+                scripts = peer_scripts("trl_dpo.py", Path(folder), options.precision)
+                for (suffix, script), precompute in itertools.product(scripts.items(), range(2)):
                     files = [f"{folder}/model", options.data]
                     command = [options.peer, script, *files, options.pairs, precompute]
-                    found.setdefault(item, []).append(machine.figures_of(command))
+                    rows = found.setdefault(PEERS[precompute] + suffix, [])
+                    rows.append(machine.figures_of(command))
     results = {
         item: {
             "pairs_per_s": round(statistics.median(row["pairs_s"] for row in rows), 4),
@@ -59,8 +65,21 @@ def main() -> None:
         }
         for item, rows in found.items()
     }
-    row = machine.row("dpo", shape={"pairs": options.pairs}, results=results)
+    shape = {"pairs": options.pairs, "precision": options.precision}
+    row = machine.row("dpo", shape=shape, results=results)
     machine.finish(row, "dpo", record=options.record)
+
+
+def peer_scripts(name: str, folder: Path, precision: str) -> dict[str, Path]:
+    """Returns the scripts of a peer by the suffix of their names: in fp32, and in bf16 if asked."""
+    script = machine.SHARED / "peers" / name
+    if precision == "fp32":
+        return {"": script}
+    text = script.read_text("utf-8")
+    assert FP32 in text, f"{name} has no {FP32}"
+    other = folder / name
+    other.write_text(text.replace(FP32, BF16), "utf-8")
+    return {"": script, "_bf16": other}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "optimizer": {"learning_rate": 5e-5},
                 "batch_size": 2,
                 "micro_batch_tokens": 1024,
-                "precision": "fp32",
+                "precision": options.precision,
                 "save_every": 0,
             }
         )
