@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from easyllm.cli.adapter import load_served
+from easyllm.core.cluster import cpus_each
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM
 from easyllm.serve.history import History
@@ -20,7 +21,7 @@ from easyllm.serve.limits import ServeLimits
 from easyllm.serve.replicas.board import Report
 from easyllm.serve.replicas.front import Replicas, create_front
 from easyllm.serve.replicas.replica import Replica, Sources
-from easyllm.serve.replicas.run import build_front_server, cpus_each, start_replicas
+from easyllm.serve.replicas.run import build_front_server, start_replicas
 from easyllm.serve.run import bind
 from running_server import QUESTION, running
 

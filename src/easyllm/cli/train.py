@@ -1,20 +1,43 @@
 """The `easyllm train` command."""
 
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from easyllm.cli.next_steps import after_training, print_steps
 from easyllm.cli.output import JsonFlag, Overrides, figures_text, print_json, print_pairs
 
+if TYPE_CHECKING:
+    from easyllm.core.json_types import JsonObject
+    from easyllm.train import TrainConfig
+
+RESTARTS = 3
 Processes = Annotated[
     int,
     typer.Option(
         "--nproc",
         min=1,
         help="Number of processes on this machine that share the run, as its key `parallel` says.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--ray",
+        min=1,
+        help="Number of Ray Train workers that share the run, on the cluster of RAY_ADDRESS or "
+        "on this machine.",
+    ),
+]
+Restarts = Annotated[
+    int,
+    typer.Option(
+        "--restarts",
+        min=0,
+        help="With --ray: how often a run that failed is continued from its last checkpoint.",
     ),
 ]
 AllowChange = Annotated[
@@ -44,6 +67,8 @@ def train(
     dry_run: DryRun = False,
     allow_change: AllowChange = False,
     nproc: Processes = 1,
+    ray: Workers = None,
+    restarts: Restarts = RESTARTS,
     json_output: JsonFlag = False,
 ) -> None:
     r"""Train with a recipe; an interrupted run resumes.
@@ -58,43 +83,69 @@ def train(
 
         easyllm train recipe.yaml parallel.layout=zero2 --nproc 2
 
+        easyllm train recipe.yaml parallel.layout=fsdp --ray 8
+
         torchrun --nproc-per-node 2 --nnodes 2 --rdzv-endpoint HOST:29500 -m easyllm train FILE
     """
-    from easyllm.cli.ranks import run_ranks
+    from easyllm.cli.ranks import run_ranks, run_workers
     from easyllm.core.errors import ConfigError
-    from easyllm.core.progress import is_first_rank
     from easyllm.core.yaml_text import dump_yaml
-    from easyllm.pipeline.recipe import find_recipe, load_train_recipe, shipped_name
-    from easyllm.reporting import reporting_callbacks
-    from easyllm.rl.doctor import report
+    from easyllm.pipeline.recipe import find_recipe, load_train_recipe
     from easyllm.train import dry_run as plan_training
-    from easyllm.train import train as run_training
 
     path = find_recipe(recipe)
     config = load_train_recipe(path, overrides or [])
     if config.output is None:
         raise ConfigError(f"{path} sets no output folder; add output=runs/NAME")
-    if nproc > 1 and not dry_run:
-        run_ranks(nproc)
-        return
+    if ray is None and restarts != RESTARTS:
+        raise ConfigError("--restarts is of workers of a cluster; add --ray WORKERS")
+    if ray is not None and nproc > 1:
+        raise ConfigError("--nproc starts processes here and --ray on a cluster; give one of them")
     if dry_run:
         plan = plan_training(config, Path(config.output), allow_change=allow_change)
         if json_output:
             print_json({"recipe": config.model_dump(mode="json"), "plan": plan.as_dict()})
         else:
             sys.stdout.write(dump_yaml(config))
-        return
+    elif nproc > 1:
+        run_ranks(nproc)
+    else:
+        run = partial(_run, path, config, allow_change=allow_change)
+        _show(
+            config, run() if ray is None else run_workers(run, ray, config, restarts), json_output
+        )
+
+
+def _run(path: Path, config: "TrainConfig", *, allow_change: bool) -> "JsonObject":
+    """Trains in this process, and returns the figures of the run."""
+    from easyllm.pipeline.recipe import shipped_name
+    from easyllm.reporting import reporting_callbacks
+    from easyllm.rl.doctor import report
+    from easyllm.train import train as run_training
+
+    assert config.output is not None, "checked before"
     result = run_training(
         config,
         Path(config.output),
         callbacks=reporting_callbacks(config, shipped_name(path), diagnose=report),
         allow_change=allow_change,
     )
+    return result.figures
+
+
+def _show(config: "TrainConfig", figures: "JsonObject", json_output: bool) -> None:
+    """Prints the figures of a run, on rank 0."""
+    from easyllm.core.progress import is_first_rank
+
     if not is_first_rank():
         return
+    output = str(config.output)
     if json_output:
-        print_json(result.figures | {"output": str(result.output)})
+        print_json(figures | {"output": output})
         return
-    figures = {name: value for name, value in result.figures.items() if name != "data"}
-    print_pairs(figures_text(figures) | {"output": str(result.output)})
-    print_steps(after_training(config, result.output))
+    shown = {name: value for name, value in figures.items() if name != "data"}
+    print_pairs(figures_text(shown) | {"output": output})
+    print_steps(after_training(config, Path(output)))
+
+
+__all__ = ["register", "train"]

@@ -1,14 +1,14 @@
 """Starts the replicas on Ray Serve, and the front that answers the clients."""
 
 import logging
-import os
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import ExitStack
 from functools import partial
 from socket import socket
 
 from starlette.applications import Starlette
 
+from easyllm.core.cluster import connect_ray, cpus_each
 from easyllm.core.errors import ConfigError, install
 from easyllm.core.json_types import JsonObject
 from easyllm.serve.connection import BoundedServer
@@ -25,22 +25,6 @@ APP = "easyllm"
 MAX_ONGOING = 4096
 """Requests that Ray Serve gives a replica at once: the replica's own limit, `max_waiting`, is what
 refuses requests."""
-STORE_BYTES = 256 * 2**20
-"""Ray's object store on a single node; requests and answers are far smaller."""
-
-
-def cpus_each(node_cpus: Sequence[float], replicas: int) -> float:
-    """Returns the CPU cores of a replica: the largest number with which all of them fit.
-
-    A whole number of cores, or the same fraction of one if there are more replicas than cores.
-
-    >>> cpus_each([8, 8], 2), cpus_each([8, 8], 3), cpus_each([2], 4)
-    (8, 4, 0.5)
-    """
-    for cores in range(int(max(node_cpus)), 0, -1):
-        if sum(int(cpus) // cores for cpus in node_cpus) >= replicas:
-            return cores
-    return int(1000 * sum(node_cpus) / replicas) / 1000
 
 
 def serve_replicas(
@@ -97,7 +81,7 @@ def start_replicas(
     except ImportError as error:
         raise ConfigError(f"--replicas needs Ray Serve ({error}); {install('ray')}") from None
     if not ray.is_initialized():
-        _connect()
+        connect_ray()
         stack.callback(ray.shutdown)
     serve.start(proxy_location="Disabled")  # the front answers clients
     stack.callback(serve.shutdown)
@@ -138,19 +122,6 @@ def start_replicas(
         return found
 
     return Replicas(send=send, died=(ray.exceptions.RayActorError,), reports=reports)
-
-
-def _connect() -> None:
-    """Connects to the cluster that RAY_ADDRESS names, or starts Ray on this machine."""
-    import ray
-
-    options: JsonObject = {"include_dashboard": False, "logging_level": "warning"}
-    if "RAY_ADDRESS" not in os.environ:
-        options["object_store_memory"] = STORE_BYTES
-    try:
-        ray.init(log_to_driver=False, **options)
-    except Exception as error:  # a node that does not start in time raises Exception itself
-        raise ConfigError(f"Ray could not be started: {error}") from None
 
 
 def _deployed(put: Callable[[str, str, JsonObject], Awaitable[None]]) -> type[Replica]:
