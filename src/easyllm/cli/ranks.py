@@ -52,7 +52,8 @@ def run_workers(
 
     def restarted(failure: WorkersFailed) -> None:
         last = failure.reason.rstrip().splitlines()[-1:] or ["it ended"]
-        sys.stderr.write(f"rank {failure.rank} failed ({last[0]}); continuing from {config.output}\n")
+        reason = f"rank {failure.rank} failed ({last[0]})"
+        sys.stderr.write(f"{reason}; continuing from {config.output}\n")
 
     assert config.output is not None, "checked before"
     output = Path(config.output).absolute()
