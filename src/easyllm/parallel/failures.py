@@ -6,6 +6,7 @@ exception of a worker.
 
 import json
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from easyllm.core.errors import EasyllmError
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 LOST = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe")
 """Parts of the messages that a rank gets because another one has ended."""
+PATIENCE_S = 5.0
+"""Time in which the store must say which ranks are late."""
 TIMED_OUT = ("Timed out", "timed out", "timeout")
 
 
@@ -44,14 +47,30 @@ def collective_errors(timeout_s: float, late_ranks: Callable[[], list[int]]) -> 
             raise CollectiveError("another rank has ended; its own error says why") from error
         if not any(part in text for part in TIMED_OUT):
             raise
-        late: list[int] = []
-        with suppress(RuntimeError):  # the store is gone with rank 0
-            late = late_ranks()
-        who = f"rank {', '.join(map(str, late))} did" if late else "a rank did"
-        raise CollectiveError(
-            f"{who} not join a collective within {timeout_s:g} s; look at what that rank was "
-            "doing, or raise parallel.timeout_s"
-        ) from error
+        late = _within(PATIENCE_S, late_ranks)
+        who = f"rank {', '.join(map(str, late))} did not join a collective within {timeout_s:g} s"
+        doing = "look at what that rank was doing"
+        if not late:
+            who = f"a collective did not end within {timeout_s:g} s, and no rank is behind"
+            doing = "check that they reach each other"
+        raise CollectiveError(f"{who}; {doing}, or raise parallel.timeout_s") from error
+
+
+def _within(seconds: float, late_ranks: Callable[[], list[int]]) -> list[int]:
+    """Returns the late ranks; an empty list if that is not known soon.
+
+    The store that knows is gone with rank 0; if rank 0 cannot be reached, no answer ever comes.
+    """
+    found: list[int] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            found.extend(late_ranks())
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return list(found)
 
 
 def record_error(error: BaseException) -> bool:
