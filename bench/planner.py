@@ -266,7 +266,9 @@ def table() -> str:
         "| run | process | plan | predicted | measured | error | accelerate's rule |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, row in rows.items():
+    names = [f"train: {name}" for name in TRAINING] + [f"serve: {name}" for name in SERVING]
+    for name in (name for name in names if name in rows):
+        row = rows[name]
         process, predicted = row["process_bytes"], row["predicted_bytes"]
         cells = [process, predicted - process, predicted, row["measured_bytes"]]
         shown = " | ".join(f"{cell / 1e6:,.0f}" for cell in cells)

@@ -51,7 +51,7 @@ def collective_errors(timeout_s: float, late_ranks: Callable[[], list[int]]) -> 
         who = f"rank {', '.join(map(str, late))} did not join a collective within {timeout_s:g} s"
         doing = "look at what that rank was doing"
         if not late:
-            who = f"a collective did not end within {timeout_s:g} s, and no rank is behind"
+            who = f"a collective did not end within {timeout_s:g} s, and no rank is late"
             doing = "check that they reach each other"
         raise CollectiveError(f"{who}; {doing}, or raise parallel.timeout_s") from error
 
