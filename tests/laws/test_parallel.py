@@ -2,13 +2,13 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import easyllm
-from easyllm.parallel.launch import launch
 from easyllm.parallel.mesh import world_size
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -45,63 +45,64 @@ def recipe(model, rows, **changes):
     } | changes
 
 
-def run_checks(folder, ranks, spec):
-    (folder / "spec.json").write_text(json.dumps(spec))
-    paths = [str(Path(easyllm.__file__).parents[1]), str(SUPPORT), str(SUPPORT.parent)]
-    environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SUPPORT / "rank_checks.py"), str(folder)]
-    code, failures = launch(command, ranks, environment)
-    assert code == 0, failures[0].message()
-    return json.loads((folder / "results.json").read_text())
-
-
 def plans(*more, layouts=LAYOUTS, fault=None):
     found = [{"label": layout, "layout": layout} for layout in layouts] + list(more)
     return [dict(plan) | ({"fault": fault} if fault else {}) for plan in found]
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, tiny_folder, rows):
-    """Everything that two ranks compute, in one launch."""
+def two_rank_checks(model, rows):
     fault = {"max_steps": 2} | {"optimizer": FULL["optimizer"]}
+    adapter_fault = LORA | {"max_steps": 2}
     recipes = {
-        "full": {"values": recipe(tiny_folder, rows, **FULL), "plans": plans(*TENSOR)},
-        "lora": {"values": recipe(tiny_folder, rows, **LORA), "plans": plans(*TENSOR)},
+        "full": {"values": recipe(model, rows, **FULL), "plans": plans(*TENSOR)},
+        "lora": {"values": recipe(model, rows, **LORA), "plans": plans(*TENSOR)},
         "qlora": {
-            "values": recipe(tiny_folder, rows, **LORA, quantize="nf4"),
+            "values": recipe(model, rows, **LORA, quantize="nf4"),
             "plans": plans(layouts=SOME),
         },
         "adamw": {
-            "values": recipe(tiny_folder, rows, max_steps=20),
+            "values": recipe(model, rows, max_steps=20),
             "plans": [{"label": "zero2", "layout": "zero2"}],
         },
-        "mean": {
-            "values": recipe(tiny_folder, rows, **fault),
-            "plans": plans(TENSOR[0], layouts=SOME, fault="mean"),
-        },
-        "no-reduce": {
-            "values": recipe(tiny_folder, rows, **fault),
-            "plans": plans(TENSOR[0], layouts=SOME, fault="no-reduce"),
-        },
-        "local-adapter": {
-            "values": recipe(tiny_folder, rows, **LORA | {"max_steps": 2}),
-            "plans": plans(TENSOR[0], layouts=SOME, fault="local-adapter"),
-        },
     }
-    folder = tmp_path_factory.mktemp("ranks")
-    spec = {"parts": ["equalities", "collectives"], "recipes": recipes, "tensor": 2}
-    return run_checks(folder, 2, spec)
+    for name, values in (("mean", fault), ("no-reduce", fault), ("local-adapter", adapter_fault)):
+        recipes[name] = {
+            "values": recipe(model, rows, **values),
+            "plans": plans(TENSOR[0], layouts=SOME, fault=name),
+        }
+    return {"ranks": 2, "parts": ["equalities", "collectives"], "recipes": recipes, "tensor": 2}
+
+
+def four_rank_checks(model, rows):
+    plan = {"label": "tp2-dp2", "tensor": 2, "layout": "zero2"}
+    values = recipe(model, rows, **FULL | {"max_steps": 4})
+    recipes = {"full": {"values": values, "plans": [plan]}}
+    return {"ranks": 4, "parts": ["equalities", "persistent_bytes"], "recipes": recipes}
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory, tiny_folder, rows):
-    plan = {"label": "tp2-dp2", "tensor": 2, "layout": "zero2"}
-    values = recipe(tiny_folder, rows, **FULL | {"max_steps": 4})
-    spec = {
-        "parts": ["equalities", "persistent_bytes"],
-        "recipes": {"full": {"values": values, "plans": [plan]}},
-    }
-    return run_checks(tmp_path_factory.mktemp("ranks"), 4, spec)
+def results(tmp_path_factory, tiny_folder, rows):
+    """Everything that two and then four ranks compute, in one launch."""
+    folders = []
+    for make in (two_rank_checks, four_rank_checks):
+        folders.append(tmp_path_factory.mktemp("ranks"))
+        (folders[-1] / "spec.json").write_text(json.dumps(make(tiny_folder, rows)))
+    paths = [str(Path(easyllm.__file__).parents[1]), str(SUPPORT), str(SUPPORT.parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SUPPORT / "rank_checks.py"), *map(str, folders)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / "results.json").read_text()) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(results):
+    return results[0]
+
+
+@pytest.fixture(scope="module")
+def four_ranks(results):
+    return results[1]
 
 
 def assert_equal(finding, *, weight):

@@ -1,19 +1,25 @@
 """What tests compute in several ranks at once: one launch answers many tests.
 
-python rank_checks.py FOLDER     reads FOLDER/spec.json; rank 0 writes FOLDER/results.json
+python rank_checks.py FOLDER...  for each, reads FOLDER/spec.json; rank 0 writes FOLDER/results.json
+
+The ranks are forked, so that PyTorch is imported once.
 """
 
 import json
+import os
+import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # FSDP2 imports it; here it is imported before the ranks are forked
 
 from easyllm.batches.packing import pack
 from easyllm.core.config import validate
 from easyllm.examples.sample import Sample
 from easyllm.parallel.config import ParallelConfig
-from easyllm.parallel.failures import record_error
 from easyllm.parallel.mesh import join, leave
 from easyllm.parallel.parallel import parallelize
 from easyllm.parallel.tensor import shard_tensors
@@ -37,14 +43,15 @@ def equalities(spec):
     found = {}
     for name, recipe in spec["recipes"].items():
         config = validate(TrainConfig, recipe["values"], source=name)
-        one = train_steps(config, None, 0)
+        one = train_steps(config, None, 0) if join(ParallelConfig()).is_first else None
         for plan in recipe["plans"]:
             label = plan.pop("label")
             fault = plan.pop("fault", None)
             parallel = ParallelConfig(**plan)
             divided = config.model_copy(update={"parallel": parallel})
             other = train_steps(divided, join(parallel), 0, fault)
-            found[f"{name}/{label}"] = compare(label, one, other)
+            if one is not None:
+                found[f"{name}/{label}"] = compare(label, one, other)
     return found
 
 
@@ -102,21 +109,44 @@ def persistent_bytes(_spec):
     return found
 
 
-def main(folder):
-    torch.set_num_threads(1)
-    spec = json.loads((folder / "spec.json").read_text())
+def run_rank(folder, spec):
     mesh = join(ParallelConfig())
-    found = {}
-    for part in spec["parts"]:
-        found[part] = globals()[part](spec)
+    found = {part: globals()[part](spec) for part in spec["parts"]}
     if mesh.is_first:
         (folder / "results.json").write_text(json.dumps(found))
     leave()
 
 
+def fork_ranks(folder):
+    """Runs the checks of a folder in forked processes; ends all of them when one fails."""
+    spec = json.loads((folder / "spec.json").read_text())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": str(spec["ranks"]), "MASTER_PORT": str(port)}
+    ranks = set()
+    for rank in range(spec["ranks"]):
+        if pid := os.fork():
+            ranks.add(pid)
+            continue
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        try:
+            run_rank(folder, spec)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    while ranks:
+        pid, status = os.wait()
+        ranks.remove(pid)
+        if status:
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+
+
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]))
-    except Exception as error:
-        record_error(error)
-        raise
+    torch.set_num_threads(1)  # also: no thread of a pool may exist when a process is forked
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    for name in sys.argv[1:]:
+        fork_ranks(Path(name))

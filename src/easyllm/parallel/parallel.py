@@ -87,8 +87,12 @@ class Parallel:
 
     def any(self, value: bool) -> bool:
         """Returns whether a condition holds on any rank."""
-        found = torch.tensor(int(value), device=self.mesh.device)
-        return bool(self.mesh.world.all_reduce(found, largest=True))
+        return self.any_of([value])[0]
+
+    def any_of(self, values: Iterable[bool]) -> list[bool]:
+        """Returns for each of several conditions whether it holds on any rank."""
+        found = torch.tensor([int(value) for value in values], device=self.mesh.device)
+        return [bool(value) for value in self.mesh.world.all_reduce(found, largest=True).tolist()]
 
     def gather(self, value: object) -> list[Any]:
         """Returns a small value of every data-parallel rank, in the order of ranks."""

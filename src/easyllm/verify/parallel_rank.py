@@ -30,6 +30,9 @@ from easyllm.train.training_run import Callback, Run
 from easyllm.verify.parallel import GRADIENT_BOUND, LOSS_BOUND, WEIGHT_BOUND
 from easyllm.verify.planted import Fault, plant
 
+PATIENCE_S = 86400.0
+"""Timeout of collectives: the other ranks wait while rank 0 trains alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -141,8 +144,9 @@ def _full(run: Run, parts: JsonMapping) -> dict[str, Tensor]:
     if run.parallel is None:
         return {name: part.detach().clone() for name, part in parts.items()}
     found: dict[str, Tensor] = {}
-    for name, local in run.parallel.local.items():
-        if not run.parallel.any(name in parts):
+    held = run.parallel.any_of(name in parts for name in run.parallel.local)
+    for is_held, (name, local) in zip(held, run.parallel.local.items(), strict=True):
+        if not is_held:
             continue
         part = parts.get(name)
         part = torch.zeros_like(local) if part is None else part
@@ -169,16 +173,18 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     recipe = validate(TrainConfig, read_yaml(folder / "recipe.yaml"), source="recipe.yaml")
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    one = train_steps(recipe, None, task["layers"])
+    mesh = join(ParallelConfig(timeout_s=PATIENCE_S))
+    # the other ranks need not train alone, too: they would only take processor time from rank 0
+    one = train_steps(recipe, None, task["layers"]) if mesh.is_first else None
     lines: list[str] = []
-    mesh = None
     for plan in task["plans"]:
         parallel = ParallelConfig(layout=plan["layout"], tensor=plan["tensor"])
         mesh = join(parallel)
         config = recipe.model_copy(update={"parallel": parallel})
         other = train_steps(config, mesh, task["layers"], task["fault"])
-        lines.append(json.dumps(compare(plan["name"], one, other)) + "\n")
-    if mesh is not None and mesh.is_first:
+        if one is not None:
+            lines.append(json.dumps(compare(plan["name"], one, other)) + "\n")
+    if mesh.is_first:
         (folder / "findings.jsonl").write_text("".join(lines), encoding="utf-8")
     leave()
 
