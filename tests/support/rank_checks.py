@@ -1,20 +1,14 @@
 """What tests compute in several ranks at once: one launch answers many tests.
 
 python rank_checks.py FOLDER...  for each, reads FOLDER/spec.json; rank 0 writes FOLDER/results.json
-
-The ranks are forked, so that PyTorch is imported once.
 """
 
 import json
-import os
-import signal
-import socket
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch._dynamo  # FSDP2 imports it; here it is imported before the ranks are forked
 
 from easyllm.batches.packing import pack
 from easyllm.core.config import validate
@@ -28,6 +22,7 @@ from easyllm.train.objectives import LanguageModel
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.optim_config import AdamWConfig
 from easyllm.verify.parallel_rank import compare, train_steps
+from forked_ranks import fork_ranks
 from tiny_models import build_tiny
 
 
@@ -117,36 +112,8 @@ def run_rank(folder, spec):
     leave()
 
 
-def fork_ranks(folder):
-    """Runs the checks of a folder in forked processes; ends all of them when one fails."""
-    spec = json.loads((folder / "spec.json").read_text())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"WORLD_SIZE": str(spec["ranks"]), "MASTER_PORT": str(port)}
-    ranks = set()
-    for rank in range(spec["ranks"]):
-        if pid := os.fork():
-            ranks.add(pid)
-            continue
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        try:
-            run_rank(folder, spec)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    while ranks:
-        pid, status = os.wait()
-        ranks.remove(pid)
-        if status:
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-            sys.exit(1)
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # also: no thread of a pool may exist when a process is forked
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     for name in sys.argv[1:]:
-        fork_ranks(Path(name))
+        spec = json.loads((Path(name) / "spec.json").read_text())
+        if any(fork_ranks(spec["ranks"], partial(run_rank, Path(name), spec))):
+            sys.exit(1)

@@ -21,6 +21,8 @@ from easyllm.core.json_types import Json, JsonObject
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 10**9
+MODEL_METADATA = {"format": "pt"}
+"""Required by `transformers`."""
 
 
 class TensorFolder:
@@ -188,31 +190,39 @@ def write_model_weights(
     folder: Path, tensors: Mapping[str, Tensor], *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Writes weights into `folder` as one file, or as checkpoint shards with an index."""
-    shards = _shards(tensors, max_shard_bytes)
-    metadata = {"format": "pt"}  # required by transformers
-    if len(shards) == 1:
-        write_tensors(folder / WEIGHTS, tensors, metadata)
-        return
-    places = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, {name: tensors[name] for name in names}, metadata)
-        places.update(dict.fromkeys(names, file))
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    files = model_files(tensors, max_shard_bytes)
+    for file, names in files.items():
+        write_tensors(folder / file, {name: tensors[name] for name in names}, MODEL_METADATA)
+    write_index(folder, files, tensors)
 
 
-def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
+def model_files(
+    tensors: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, list[str]]:
+    """Returns the names of the weights in each file of a checkpoint folder, by file name."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > max_bytes:
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size
-    return shards
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    names = (f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1))
+    return dict(zip(names, shards, strict=True))
+
+
+def write_index(
+    folder: Path, files: Mapping[str, list[str]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Writes the index of a folder's weights, if they are in several files."""
+    if len(files) == 1:
+        return
+    places = {name: file for file, names in files.items() for name in names}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def _umask() -> int:

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from easyllm.checkpoint.store import open_safetensors, read_tensor
+from easyllm.checkpoint.store import (
+    MAX_SHARD_BYTES,
+    MODEL_METADATA,
+    model_files,
+    open_safetensors,
+    read_tensor,
+    write_index,
+)
 from easyllm.core.atomic import output_errors
 
 PIECE_BYTES = 2**24
@@ -41,6 +48,7 @@ def stream_tensors(
     *,
     metadata: Mapping[str, str] | None = None,
     alignment: int = 8,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Writes a safetensors file piece by piece, but not atomically: see `atomic_directory`.
 
@@ -50,29 +58,70 @@ def stream_tensors(
         release: called with each piece of a contiguous CPU tensor after it has been written.
         metadata: texts by name for the header.
         alignment: the tensors start at a multiple of this number of bytes.
+        read: returns a tensor's values when it is its turn, if `tensors` have none (`meta`).
 
     Raises:
         OutputError: the operating system does not allow writing there.
     """
+    ordered, header = _header(tensors, metadata)
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    with output_errors(path), path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            tensor = tensors[name] if read is None else read(name)
+            for piece in tensor.detach().contiguous().view(-1).split(_elements(tensor)):
+                file.write(piece.cpu().view(torch.uint8).numpy().data)
+                release(piece)
+            del tensor  # before the next one is read
+
+
+def stream_model_weights(
+    folder: Path,
+    forms: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a model's weights into `folder` with one of them in memory at a time.
+
+    Args:
+        folder: the folder.
+        forms: tensors without values (on the device `meta`), by the names in the file.
+        read: returns a tensor with its values.
+        max_shard_bytes: size of a file.
+
+    Raises:
+        OutputError: the operating system does not allow writing there.
+    """
+    files = model_files(forms, max_shard_bytes)
+    for file, names in files.items():
+        of_file = {name: forms[name] for name in names}
+        stream_tensors(folder / file, of_file, _keep, metadata=MODEL_METADATA, read=read)
+    write_index(folder, files, forms)
+
+
+def _keep(_: Tensor) -> None:
+    """Releases nothing: a tensor that was read for the file is freed with its last reference."""
+
+
+def _header(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
+) -> tuple[list[str], dict[str, Any]]:
+    """Returns the names in the order of the file, and its header."""
     # larger elements first, as in other programs' files, so that each tensor is aligned
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    for name, tensor in ordered:
+    for name in ordered:
+        tensor = tensors[name]
         start, end = end, end + tensor.nbytes
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % alignment)
-    with output_errors(path), path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            for piece in tensor.detach().contiguous().view(-1).split(_elements(tensor)):
-                file.write(piece.cpu().view(torch.uint8).numpy().data)
-                release(piece)
+    return ordered, header
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -136,4 +185,4 @@ def _elements(tensor: Tensor) -> int:
     return PIECE_BYTES // tensor.element_size()
 
 
-__all__ = ["TensorFile", "Under", "stream_tensors"]
+__all__ = ["TensorFile", "Under", "stream_model_weights", "stream_tensors"]

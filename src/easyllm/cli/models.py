@@ -134,6 +134,9 @@ def convert(
     A TARGET that ends in .gguf is a GGUF file with full weights. To round weights, use easyllm
     quantize.
 
+    A SOURCE that is a checkpoint of a run (runs/NAME/checkpoints/step-000100), also one divided
+    among processes, becomes the model or the adapter of that step.
+
     With --lora-rank, SOURCE is an adapter, and the result a LoRA adapter that peft can load. A
     table shows how much of each update is lost.
 
@@ -156,6 +159,8 @@ def convert(
         easyllm convert runs/dora/adapter out/lora --lora-rank 16
 
         easyllm convert chatglm2-6b out/chatglm2 --from-bin
+
+        easyllm convert runs/sft/checkpoints/step-000100 out/step-100
     """
     from easyllm.core.atomic import check_output_free
     from easyllm.core.errors import ConfigError
@@ -181,12 +186,31 @@ def convert(
         from easyllm.pipeline.from_bin import convert_pickled
 
         folder = convert_pickled(source, target, dtype)
+    elif is_checkpoint(source):
+        others = {**changes, "--to": to, "--type": gguf_type}
+        _refuse(others, "cannot be used on a checkpoint of a run; convert it to a folder first")
+        if target.suffix == ".gguf":
+            raise ConfigError(
+                f"{target.name} cannot be made of a checkpoint of a run at once; convert it to a "
+                "folder first"
+            )
+        from easyllm.core.paths import expanded
+        from easyllm.train.consolidate import consolidate
+
+        folder = consolidate(expanded(source), target, dtype=dtype)
     else:
         folder = _converted(source, target, changes, formats)
     if json_output:
         print_json({"folder": str(folder)})
     else:
         sys.stdout.write(f"{folder}\n")
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether a source is a checkpoint of a training run."""
+    from easyllm.core.paths import expanded
+
+    return (expanded(source) / "state.json").is_file()
 
 
 Given = dict[str, Any]

@@ -1,17 +1,20 @@
 """Saving models as a Hugging Face folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import methodcaller
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from easyllm.checkpoint.store import write_model_weights
+from easyllm.checkpoint.stream import stream_model_weights
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonObject
 from easyllm.models.hf_config import CONFIG_FILE, GENERATION_FILE, with_end_ids, write_config
 from easyllm.models.hf_names import hf_module_name, keymap_of
+from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
 from easyllm.quant import FORMATS, LAYOUTS
@@ -50,27 +53,82 @@ def save_model(
             "the model has an adapter, which the Hugging Face model format cannot store; merge it "
             "first, or save it with save_adapter"
         )
-    dtype = str(model.dtype).removeprefix("torch.")
-    config = write_config(with_end_ids(model.config, end_ids)) | {"torch_dtype": dtype}
+    config = _described(model.config, model.dtype, end_ids)
     packed, quantization = _packed_tensors(model)
     if quantization is not None:
         config["quantization_config"] = quantization
-    full = {name: t for name, t in model.state_dict().items() if ".storage." not in f".{name}"}
-    tensors = keymap_of(model.config).to_file(full, packed)
+    tensors = keymap_of(model.config).to_file(_full_tensors(model), packed)
+    with atomic_directory(Path(folder), replace=replace) as work:
+        write_model_weights(work, tensors)
+        _write_files(work, config, tokenizer, extra_files)
+    return Path(folder)
+
+
+def save_streamed(
+    empty: Decoder,
+    read: Callable[[str], Tensor],
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Tokenizer | None = None,
+    end_ids: Sequence[int] = (),
+    extra_files: JsonObject | None = None,
+) -> Path:
+    """Saves a model as `save_model` does, with one tensor of a file in memory at a time.
+
+    Args:
+        empty: the model on the device `meta`, without values.
+        read: returns a parameter by name, in any dtype.
+        folder: the folder to write; must be empty or absent.
+        dtype: dtype of the saved weights.
+        tokenizer, end_ids, extra_files: as for `save_model`.
+
+    Raises:
+        OutputError: the folder is not empty, or cannot be written.
+        CheckpointError: the family's format cannot represent the model.
+    """
+    state = _full_tensors(empty)
+    bindings = {b.theirs: b for b in keymap_of(empty.config).bindings(state)}
+    forms = {
+        name: b.rule.join([state[ours] for ours in b.ours]).to(dtype)
+        for name, b in bindings.items()
+    }
+
+    def value(name: str) -> Tensor:
+        binding = bindings[name]
+        return binding.rule.join([read(ours) for ours in binding.ours]).to(dtype)
+
+    with atomic_directory(Path(folder)) as work:
+        stream_model_weights(work, forms, value)
+        _write_files(work, _described(empty.config, dtype, end_ids), tokenizer, extra_files)
+    return Path(folder)
+
+
+def _full_tensors(model: Decoder) -> dict[str, Tensor]:
+    return {name: t for name, t in model.state_dict().items() if ".storage." not in f".{name}"}
+
+
+def _described(config: ModelConfig, dtype: torch.dtype, end_ids: Sequence[int]) -> JsonObject:
+    """Returns the contents of `config.json`."""
+    name = str(dtype).removeprefix("torch.")
+    return write_config(with_end_ids(config, end_ids)) | {"torch_dtype": name}
+
+
+def _write_files(
+    work: Path, config: JsonObject, tokenizer: Tokenizer | None, extra_files: JsonObject | None
+) -> None:
+    """Writes what a folder contains apart from weights."""
     generation = {
         key: config[key]
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")
         if config.get(key) is not None
     }
-    with atomic_directory(Path(folder), replace=replace) as work:
-        write_model_weights(work, tensors)
-        write_json(work / CONFIG_FILE, config)
-        write_json(work / GENERATION_FILE, generation)
-        if tokenizer is not None:
-            tokenizer.save(work)
-        for name, value in (extra_files or {}).items():
-            write_json(work / name, value)
-    return Path(folder)
+    write_json(work / CONFIG_FILE, config)
+    write_json(work / GENERATION_FILE, generation)
+    if tokenizer is not None:
+        tokenizer.save(work)
+    for name, value in (extra_files or {}).items():
+        write_json(work / name, value)
 
 
 def _packed_tensors(

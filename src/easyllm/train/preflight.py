@@ -179,8 +179,13 @@ def planned_model(
     config: TrainConfig, origin: BaseModelSource, objective: Objective
 ) -> ModelConfig:
     """Returns the configuration of the model to train, with the objective's head if it adds one."""
+    return empty_model(config, origin, objective).config
+
+
+def empty_model(config: TrainConfig, origin: BaseModelSource, objective: Objective) -> Decoder:
+    """Returns the model to train on the device `meta`, without values and without adapters."""
     with torch.device("meta"):
-        return objective.prepare_model(Decoder(origin.config), seed=config.seed).config
+        return objective.prepare_model(Decoder(origin.config), seed=config.seed)
 
 
 def preflight(

@@ -17,21 +17,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from easyllm.adapters import save_adapter
-from easyllm.core.atomic import write_atomic, write_json
+from easyllm.core.atomic import write_atomic
 from easyllm.core.device import peak_memory_bytes, peak_rss_bytes, pick_device
 from easyllm.core.errors import ConfigError, Interrupted, OutputError
 from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import MANIFEST_FILE, Manifest
 from easyllm.core.progress import console
 from easyllm.core.run_folder import check_run_folder, claim_run_folder
-from easyllm.models import hf_module_name, save_model
-from easyllm.models.hf_config import GENERATION_FILE, with_end_ids
+from easyllm.models import save_model
 from easyllm.parallel.mesh import Mesh, leave, world_size
 from easyllm.plan.parts import virtual_tokens
-from easyllm.tokenizer.turn_ends import turn_end_ids
 from easyllm.train.callbacks import build_callbacks, check_samples, retention_samples
 from easyllm.train.config import TrainConfig
 from easyllm.train.deepspeed import with_deepspeed
@@ -44,11 +40,10 @@ from easyllm.train.factories import (
     check_reference,
     find_base_model,
     input_hashes,
-    source_name,
 )
 from easyllm.train.footprint import measured_bytes
 from easyllm.train.loop import Diverged, run_steps
-from easyllm.train.objectives import Objective, RunSetup, build_objective, objective_kind
+from easyllm.train.objectives import Objective, RunSetup, build_objective
 from easyllm.train.paged_memory import check_paging, existing_folder
 from easyllm.train.precision import build_precision_policy
 from easyllm.train.preflight import (
@@ -63,6 +58,7 @@ from easyllm.train.preflight import (
 )
 from easyllm.train.progress import TrainProgress
 from easyllm.train.reference_cache import cache_reference
+from easyllm.train.result import end_ids, save_trained_adapter, set_full_parameters
 from easyllm.train.signals import StopRequest, stop_on_signals
 from easyllm.train.state import load_newest
 from easyllm.train.training_data import TrainingData, load_training_data
@@ -417,23 +413,10 @@ def _write_manifest(run: Run, results: JsonObject) -> None:
 def _save_result(run: Run) -> None:
     """Saves the trained adapter, or the model."""
     model, output, tokenizer = run.model, run.output, run.source.tokenizer
-    chats = run.config.data.has_chats and objective_kind(run.config.objective).generates
-    ends = turn_end_ids(tokenizer) if chats else ()
-    # save the fp32 master weights, not the low-precision copies
-    final = run.optimizer.final_state() if run.parallel is None else {}
-    for name, value in final.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    if run.parallel is None:
+        set_full_parameters(model, run.optimizer.final_state())
+    ends = end_ids(run.config, tokenizer)
     if run.adapters is None:
         save_model(model, output / MODEL, tokenizer=tokenizer, end_ids=ends, replace=True)
-        return
-    save_adapter(
-        model,
-        output / ADAPTER,
-        module_name=hf_module_name(model),
-        base=source_name(run.config),
-        replace=True,
-    )
-    if ends:
-        ids = with_end_ids(model.config, ends).eos_token_ids
-        write_json(output / ADAPTER / GENERATION_FILE, {"eos_token_id": list(ids)})
+    else:
+        save_trained_adapter(model, run.config, output / ADAPTER, ends, replace=True)
