@@ -62,6 +62,7 @@ def runs(tmp_path_factory, tiny_folder):
         "whole": stage(values, folder / "whole", 2, zero2),
         "killed": stage(values, folder / "killed", 2, zero2, kill=7),
         "restarted": stage(values, folder / "killed", 2, zero2),
+        "hung": stage(values, folder / "hung", 2, {"layout": "ddp", "timeout_s": 4}, hang=3),
         "lora": stage(values, folder / "lora", 2, zero2, more={"adapter": ADAPTER, "max_steps": 4}),
     }
     (folder / "stages.json").write_text(json.dumps(list(stages.values())))
@@ -81,7 +82,7 @@ def losses(output):
 def test_all_stages_end_as_planned(runs):
     _, ends, errors = runs
     for name, end in ends.items():
-        if name == "killed":
+        if name in ("killed", "hung"):
             continue
         # 1: a rank that was still waiting for one which had killed itself already
         expected = {-9, 1} if name in ("four", "two", "ddp", "fsdp") else {0}
@@ -104,6 +105,12 @@ def test_the_other_ranks_of_a_killed_one_end_by_themselves(runs):
     assert codes[0] == 1
     assert ends["killed"]["seconds"] < ends["whole"]["seconds"] + 30
     assert "another rank has ended" in errors
+
+
+def test_a_rank_that_hangs_is_named_after_the_timeout(runs):
+    _, ends, errors = runs
+    assert ends["hung"]["codes"][0] == 1
+    assert "rank 1 did not join a collective within 4 s" in errors
 
 
 def test_restarting_after_a_killed_rank_is_bit_identical(runs):

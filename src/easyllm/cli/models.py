@@ -187,30 +187,15 @@ def convert(
 
         folder = convert_pickled(source, target, dtype)
     elif is_checkpoint(source):
-        others = {**changes, "--to": to, "--type": gguf_type}
-        _refuse(others, "cannot be used on a checkpoint of a run; convert it to a folder first")
-        if target.suffix == ".gguf":
-            raise ConfigError(
-                f"{target.name} cannot be made of a checkpoint of a run at once; convert it to a "
-                "folder first"
-            )
-        from easyllm.core.paths import expanded
-        from easyllm.train.consolidate import consolidate
-
-        folder = consolidate(expanded(source), target, dtype=dtype)
+        folder = _from_checkpoint(
+            source, target, {**changes, "--to": to, "--type": gguf_type}, dtype
+        )
     else:
         folder = _converted(source, target, changes, formats)
     if json_output:
         print_json({"folder": str(folder)})
     else:
         sys.stdout.write(f"{folder}\n")
-
-
-def is_checkpoint(source: str) -> bool:
-    """Whether a source is a checkpoint of a training run."""
-    from easyllm.core.paths import expanded
-
-    return (expanded(source) / "state.json").is_file()
 
 
 Given = dict[str, Any]
@@ -239,6 +224,28 @@ def _converted(source: str, target: Path, changes: Given, formats: Given) -> Pat
     return convert_model(
         source, target, dtype, num_kv_heads=heads, context=context, experts=experts
     )
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether a source is a checkpoint of a training run."""
+    from easyllm.core.paths import expanded
+
+    return (expanded(source) / "state.json").is_file()
+
+
+def _from_checkpoint(source: str, target: Path, others: Given, dtype: str | None) -> Path:
+    """Writes the model or the adapter of a checkpoint of a run."""
+    from easyllm.core.errors import ConfigError
+    from easyllm.core.paths import expanded
+    from easyllm.train.consolidate import consolidate
+
+    _refuse(others, "cannot be used on a checkpoint of a run; convert it to a folder first")
+    if target.suffix == ".gguf":
+        raise ConfigError(
+            f"{target.name} cannot be made of a checkpoint of a run at once; convert it to a "
+            "folder first"
+        )
+    return consolidate(expanded(source), target, dtype=dtype)
 
 
 def _refuse(given: Given, why: str) -> None:

@@ -173,14 +173,15 @@ def join(config: ParallelConfig, device_type: str = "cpu") -> Mesh:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device_type == "cuda":
         torch.cuda.set_device(local)
+    timeout = timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-            timeout=timedelta(seconds=config.timeout_s),
-        )
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout)
     size, rank = dist.get_world_size(), dist.get_rank()
     shape = (size // config.tensor, config.tensor)
     devices = init_device_mesh(device_type, shape, mesh_dim_names=("data", "tensor"))
+    for axis in ("data", "tensor"):  # new groups have PyTorch's own timeout, half an hour for gloo
+        dist.distributed_c10d._set_pg_timeout(timeout, devices.get_group(axis))
     return Mesh(
         world=Group(dist.group.WORLD, rank, size),
         data=_axis(devices, "data"),

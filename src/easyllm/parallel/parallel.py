@@ -91,11 +91,13 @@ class Parallel:
 
     def any_of(self, values: Iterable[bool]) -> list[bool]:
         """Returns for each of several conditions whether it holds on any rank."""
+        self.mark()  # a rank that does not arrive here is late
         found = torch.tensor([int(value) for value in values], device=self.mesh.device)
         return [bool(value) for value in self.mesh.world.all_reduce(found, largest=True).tolist()]
 
     def gather(self, value: object) -> list[Any]:
         """Returns a small value of every data-parallel rank, in the order of ranks."""
+        self.mark()
         return self.mesh.data.gather_values(value)
 
     def barrier(self) -> None:
