@@ -1,5 +1,7 @@
 """GGUF files written from a model: read by us and by the gguf package, type by type."""
 
+import json
+
 import gguf
 import pytest
 import torch
@@ -9,6 +11,7 @@ from easyllm.models import load_model, load_tokenizer
 from easyllm.models.gguf_export import gguf_types, save_gguf
 from easyllm.pipeline.quantize_options import GGUF_TYPES
 from easyllm.quant import quantize_weights
+from easyllm.tokenizer.from_gguf import PRE_TOKENIZERS
 from easyllm.tokenizer.to_gguf import pre_tokenizer_name
 from tiny_models import build_tiny
 
@@ -95,6 +98,31 @@ def test_the_tokenizer_and_its_template_travel(tokenizer, tmp_path):
         assert again.encode(text) == tokenizer.encode(text)
     assert again.special == tokenizer.special
     assert again.template_sources == tokenizer.template_sources
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_rules_are_written_under_a_name_with_the_same_rules(name):
+    rules = PRE_TOKENIZERS[name]().__getstate__()
+    state = {
+        "pre_tokenizer": json.loads(rules),
+        "normalizer": {"type": "NFC"} if name == "qwen2" else None,
+        "model": {"vocab": {"12": 0}},
+    }
+    found = pre_tokenizer_name(state)
+    assert PRE_TOKENIZERS[found]().__getstate__() == rules
+    if name.startswith("deepseek-") and "qwen" not in name:
+        assert found == name
+
+
+def test_deepseek_splits_numbers_into_digits_where_no_token_has_two():
+    *steps, last = json.loads(PRE_TOKENIZERS["deepseek-llm"]().__getstate__())["pretokenizers"]
+    steps[-1] = {"type": "Digits", "individual_digits": True}
+    state = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, last]}}
+    state |= {"normalizer": None, "model": {"vocab": {"1": 0, "2": 1}}}
+    assert pre_tokenizer_name(state) == "deepseek-llm"
+    state["model"] = {"vocab": {"1": 0, "12": 1}}
+    with pytest.raises(CheckpointError, match="has no name for"):
+        pre_tokenizer_name(state)
 
 
 def test_a_tokenizer_that_llama_cpp_has_no_rules_for_is_refused():

@@ -99,7 +99,7 @@ def save_gguf(
         model: the model, dense, without an adapter.
         path: the file.
         type: `f32`, `f16`, `bf16`, `q8_0`, `q4_k` ... (`gguf_types()`).
-        tokenizer: its tokenizer, byte-level BPE.
+        tokenizer: its tokenizer, byte-level BPE or SentencePiece BPE.
         importance: mean squares [K] of the inputs of linears, by our names
             (`layers.0.mixer.q_proj`).
         overrides: (pattern of our names, type) for some matrices; the last that matches counts.

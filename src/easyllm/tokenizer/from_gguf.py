@@ -40,6 +40,29 @@ _DEFAULT = (
     r"[0-9][0-9][0-9]",
 )
 """llama.cpp's default: each pattern splits the pieces that the previous one produced."""
+_DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_DEEPSEEK_CJK = "[一-龥ࠀ-一가-퟿]+"
+_DEEPSEEK_CODER = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, r"\p{N}")
+_CASED_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅ"
+    "Ὀ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳ"
+    "Ꙁ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_DEEPSEEK_LLM = (
+    "[\r\n]",
+    rf"\s?[{_CASED_LETTERS}]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    _DEEPSEEK_CJK,
+    r"\p{N}+",
+)
+"""DeepSeek LLM and V2; the models' own files split numbers into digits, which is the same where no
+token has two."""
 _CONTROL, _USER_DEFINED = 3, 4
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 """Default special ids of `llama` tokenizers whose file does not set them."""
@@ -104,6 +127,9 @@ PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "qwen2": lambda: _split(_QWEN2),
     "deepseek-r1-qwen": lambda: _split(_QWEN2),
     "tekken": lambda: _split(_TEKKEN),
+    "deepseek-v3": lambda: _split(*_DEEPSEEK_V3),
+    "deepseek-coder": lambda: _split(*_DEEPSEEK_CODER),
+    "deepseek-llm": lambda: _split(*_DEEPSEEK_LLM),
 }
 _NFC = ("qwen2",)
 _WHOLE_WORDS_FIRST = (*_LIKE_LLAMA3, "glm4", "chatglm-bpe", "tekken")

@@ -6,13 +6,18 @@ give other token ids in silence.
 """
 
 import json
+import re
 
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.tokenizer.from_gguf import PRE_TOKENIZERS
+from easyllm.tokenizer.sentencepiece_to_gguf import sentencepiece_metadata
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+_TWO_DIGITS = re.compile(r"\d\d")
+_DIGITS = ("Split", r"\p{N}", "Isolated", False)
+_NUMBERS = ("Split", r"\p{N}+", "Isolated", False)
 ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
@@ -20,31 +25,33 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> JsonObject:
     """Returns the `tokenizer.*` keys of a GGUF file.
 
     Args:
-        tokenizer: a byte-level BPE tokenizer.
+        tokenizer: a byte-level BPE tokenizer, or SentencePiece BPE with byte fallback.
         vocab_size: rows of the model's embedding; ids beyond the tokenizer's are unused tokens.
 
     Raises:
-        CheckpointError: the tokenizer is of another type, or splits text by rules that llama.cpp
-            has no name for.
+        CheckpointError: the tokenizer is of another type, or splits or normalises text by rules
+            that llama.cpp does not have.
     """
     state = json.loads(tokenizer.backend.to_str())
     model = state["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
+    if model.get("type") != "BPE":
         raise CheckpointError(
-            f"a GGUF file is written with a byte-level BPE tokenizer, got {model.get('type')}"
-            f"{' with byte fallback' if model.get('byte_fallback') else ''}; save the model as a "
-            "Hugging Face folder"
+            f"a GGUF file is written with a BPE tokenizer, got {model.get('type')}; save the model "
+            "as a Hugging Face folder"
         )
-    pre = pre_tokenizer_name(state)
     tokens, kinds = _tokens(tokenizer, state, vocab_size)
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    found: JsonObject = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": merges,
-    }
+    found: JsonObject = {"tokenizer.ggml.tokens": tokens}
+    if model.get("byte_fallback"):
+        found |= sentencepiece_metadata(state, tokens, kinds)
+    else:
+        pre = pre_tokenizer_name(state)
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        found |= {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": pre,
+            "tokenizer.ggml.token_type": kinds,
+            "tokenizer.ggml.merges": merges,
+        }
     for role, name in ROLES.items():
         text = getattr(tokenizer.special, role)
         index = None if text is None else tokenizer.backend.token_to_id(text)
@@ -71,10 +78,14 @@ def pre_tokenizer_name(state: JsonMapping) -> str:
         CheckpointError: the rules are not known.
     """
     rules = _rules(state.get("pre_tokenizer"))
+    same = [rules]
+    if not any(map(_TWO_DIGITS.search, state.get("model", {}).get("vocab", {}))):
+        # numbers become digits whether or not they are split (DeepSeek LLM)
+        same.append([_NUMBERS if rule == _DIGITS else rule for rule in rules])
     normalizer = (state.get("normalizer") or {}).get("type")
     for name, build in PRE_TOKENIZERS.items():
         known = json.loads(build().__getstate__())
-        if _rules(known) == rules and (normalizer == "NFC") == (name == "qwen2"):
+        if _rules(known) in same and (normalizer == "NFC") == (name == "qwen2"):
             return name
     raise CheckpointError(
         "the tokenizer splits text by rules that llama.cpp has no name for, so a GGUF file would "
@@ -94,6 +105,8 @@ def _rules(pre_tokenizer: Json) -> list[tuple[object, ...]]:
             found.append(
                 (kind, str(pattern.get("Regex", pattern)), step["behavior"], step["invert"])
             )
+        elif kind == "Digits" and step["individual_digits"]:
+            found.append(_DIGITS)
         elif kind == "ByteLevel":
             found.append((kind, step["add_prefix_space"], step.get("use_regex", True)))
         else:

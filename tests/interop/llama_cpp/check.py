@@ -1,33 +1,33 @@
 """GGUF files in llama.cpp and in this project: tokens, log-probabilities, greedy completions.
 
-llama.cpp runs in this process (`xllamacpp`) and is queried through its own HTTP server, with keys,
-values and weights in fp32.
+llama.cpp runs in this process (`xllamacpp`) and is queried through its own HTTP server
+(`llama_server`).
 """
 
-import json
 import math
 import sys
 import tempfile
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import families
 import gguf
 import numpy as np
 import sentencepiece
 import torch
 import written
-import xllamacpp
 from figures import Figures
+from llama_server import CONTEXT, peer
 from safetensors.torch import load_file
 
 from easyllm.engine import LLM, SamplingParams
 from easyllm.models import load_model, load_tokenizer, locate, save_model
 from easyllm.models.families import family_of
+from easyllm.models.gguf_export import save_gguf
 from easyllm.nn import Decoder
 from easyllm.pipeline.calibration import calibration
+from easyllm.tokenizer import Tokenizer
 
 BOUND = 2e-3  # of a log-probability: the two programs sum in different orders
 TEXTS = {
@@ -44,8 +44,8 @@ TEXTS = {
     "empty": "",
 }
 CUTS = ("smollm", "gpt-2", "default", "llama-bpe", "qwen2", "starcoder", "refact", "command-r")
-CUTS += ("glm4", "chatglm-bpe")
-CONTEXT, ORIGINAL = 512, 32
+CUTS += ("glm4", "chatglm-bpe", "deepseek-v3", "deepseek-coder", "deepseek-llm")
+ORIGINAL = 32
 PROMPT = [(7 * i * i + 3 * i) % 250 + 3 for i in range(90)]
 
 
@@ -64,71 +64,14 @@ def main() -> int:
             figures.run(
                 name, lambda n=name, c=config, k=keys, f=factors: tiny(figures, n, c, k, f, work)
             )
+        print("a tiny model of every family, written here: the same, in F32 and F16")
+        for name, hf in families.FAMILIES.items():
+            figures.run(name, lambda n=name, h=hf: family(figures, n, h, work))
         print("SmolLM2: the same")
         figures.run("SmolLM2 in F32", lambda: smollm2(figures, work))
         print("files written here: greedy tokens, and KL on a text")
         figures.run("files written here", lambda: all_types(figures, work))
     return figures.end()
-
-
-# ---- llama.cpp
-
-
-class Peer:
-    """A llama.cpp server."""
-
-    def __init__(self, path: Path) -> None:
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.port, params.warmup = CONTEXT, 1, 0, False
-        params.verbosity = -1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.no_extra_bufts = True  # weights as stored in the file
-        self.server = xllamacpp.Server(params)
-
-    def ask(self, route: str, **body: Any) -> Any:
-        request = urllib.request.Request(
-            self.server.listening_address + route,
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer)
-
-    def tokens(self, text: str, *, special: bool) -> list[int]:
-        body = {"content": text, "add_special": special, "parse_special": True}
-        found: list[int] = self.ask("/tokenize", **body)["tokens"]
-        return found
-
-    def candidates(self, ids: Sequence[int], count: int) -> list[dict[str, Any]]:
-        """Returns the most likely tokens after `ids`: `{"id", "logprob"}`."""
-        body = {"prompt": list(ids), "n_predict": 1, "n_probs": count, "cache_prompt": True}
-        answer = self.ask("/completion", temperature=0, samplers=["top_k"], top_k=1, **body)
-        found: list[dict[str, Any]] = answer["completion_probabilities"][0]["top_logprobs"]
-        return found
-
-    def greedy(self, ids: Sequence[int], count: int) -> list[dict[str, Any]]:
-        """Returns the tokens after `ids`, each with its ten most likely candidates.
-
-        Each is `{"id", "top_logprobs": [{"id", "logprob"}]}`.
-        """
-        options = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
-        body = {"prompt": list(ids), "n_predict": count, "n_probs": 10, "cache_prompt": False}
-        found: list[dict[str, Any]] = self.ask("/completion", **body, **options)[
-            "completion_probabilities"
-        ]
-        return found
-
-
-@contextmanager
-def peer(path: Path) -> Iterator[Peer]:
-    running = Peer(path)
-    try:
-        yield running
-    finally:
-        del running.server  # ends its threads
 
 
 # ---- tokens
@@ -165,7 +108,7 @@ def tokens_of_sentencepiece(figures: Figures, work: Path) -> None:
         gguf.GGUFValueType.FLOAT32,
     )
     whole, flag = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.BOOL
-    tokenizer: dict[str, Any] = {
+    values: dict[str, Any] = {
         "model": ("llama", [text]),
         "pre": ("default", [text]),
         "tokens": ([pieces.id_to_piece(i) for i in range(count)], [array, text]),
@@ -177,9 +120,13 @@ def tokens_of_sentencepiece(figures: Figures, work: Path) -> None:
         "add_bos_token": (True, [flag]),
     }
     model, hf = tiny_model(vocab_size=count)
-    values = {f"tokenizer.ggml.{name}": value for name, value in tokenizer.items()}
+    values = {f"tokenizer.ggml.{name}": value for name, value in values.items()}
     write(work / "pieces.gguf", model, hf, work / "pieces hf", tokenizer=values)
     compare_tokens(figures, "sentencepiece", work / "pieces.gguf")
+    tokenizer = Tokenizer.from_sentencepiece(work / "pieces.model", add_bos=True)
+    path = work / "written.gguf"
+    save_gguf(model, path, type="f32", tokenizer=tokenizer)
+    compare_tokens(figures, "sentencepiece, written here", path)
 
 
 def compare_tokens(figures: Figures, name: str, path: Path) -> None:
@@ -259,6 +206,19 @@ def tiny(
     figures.at_most(f"{name}: the folder", difference(load_model(folder), PROMPT, steps), BOUND)
     figures.at_most(f"{name}: the file", difference(load_model(path), PROMPT, steps), BOUND)
     figures.equal(f"{name}: greedy", greedy(path, PROMPT, 24), [step["id"] for step in steps])
+
+
+def family(figures: Figures, name: str, hf: Mapping[str, Any], work: Path) -> None:
+    """Compares the files that are written here of a random model of a family."""
+    values = byte_tokenizer(families.VOCAB)
+    tokenizer = Tokenizer.from_gguf({key: value for key, (value, _) in values.items()})
+    model = families.random_model(hf)
+    for type in ("f32", "f16"):
+        path = work / "family.gguf"
+        save_gguf(model, path, type=type, tokenizer=tokenizer, replace=True)
+        with peer(path) as llama:
+            steps = llama.greedy(PROMPT, families.TOKENS)
+        families.check(figures, f"{name}, {type}", load_model(path, dtype="float32"), PROMPT, steps)
 
 
 def smollm2(figures: Figures, work: Path) -> None:
