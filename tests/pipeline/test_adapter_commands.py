@@ -1,6 +1,7 @@
 """An adapter's folder is a model for every command that generates, evaluates or serves."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from fastapi.testclient import TestClient
 
 from easyllm.adapters import LoRAConfig, attach, save_adapter
+from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.cli.adapter import load_served
-from easyllm.core.errors import ConfigError, SourceError
+from easyllm.core.errors import CheckpointError, ConfigError, SourceError
 from easyllm.engine import LLM, SamplingParams
 from easyllm.models import hf_module_name, load_model, split_adapter
 from easyllm.models.load import OpenSource
@@ -187,19 +189,32 @@ def test_two_adapters_at_once_and_an_adapter_of_a_loaded_model_are_refused(tiny_
 
 
 DAMAGE = {
-    "adapter_model.safetensors": "is damaged or truncated",
-    "adapter_config.json": "is not JSON",
+    "weights": "is damaged or truncated",
+    "config": "is not JSON",
+    "nan": "contains NaN",
 }
 
 
-@pytest.mark.parametrize("file", DAMAGE)
+def damaged(adapter, folder, damage):
+    """A copy of an adapter with half of a file, or with a value that is NaN."""
+    shutil.copytree(adapter, folder)
+    path = folder / ("adapter_config.json" if damage == "config" else "adapter_model.safetensors")
+    if damage != "nan":
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        return folder
+    tensors, metadata = read_tensors(path)
+    next(iter(tensors.values()))[0] = math.nan
+    write_tensors(path, tensors, metadata)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_adapter_is_told_before_its_base_is_loaded(
-    adapter, tiny_folder, tmp_path, monkeypatch, file
+    adapter, tiny_folder, tmp_path, monkeypatch, damage
 ):
-    broken = tmp_path / "broken"
-    shutil.copytree(adapter, broken)
-    content = (broken / file).read_bytes()
-    (broken / file).write_bytes(content[: len(content) // 2])
+    broken, text = damaged(adapter, tmp_path / "broken", damage), tmp_path / "text.txt"
+    text.write_text("The quick brown fox.")
 
     def load(*_, **__):
         raise AssertionError("the base was loaded")
@@ -208,10 +223,17 @@ def test_a_damaged_adapter_is_told_before_its_base_is_loaded(
     for words in (
         ("merge", tiny_folder, broken, tmp_path / "out"),
         ("generate", tiny_folder, "x", "--adapter", broken),
+        ("compare", tiny_folder, broken),
+        ("quantize", tiny_folder, tmp_path / "out", "--group-size", 32, "--adapter", broken),
+        ("serve", f"a={tiny_folder}", f"b={broken}"),
+        ("serve", f"a={adapter}", f"b={broken}"),
+        ("eval", tiny_folder, "--data", text, "--adapter", broken),
     ):
         done = easyllm(*words)
         assert done.returncode == 2, done.stderr
-        assert DAMAGE[file] in done.stderr
+        assert DAMAGE[damage] in done.stderr, done.stderr
+    with pytest.raises(CheckpointError, match=DAMAGE[damage]):
+        LLM(tiny_folder, adapters={"a": adapter, "b": broken})
     assert not (tmp_path / "out").exists()
 
 

@@ -1,15 +1,19 @@
 """`easyllm compare` finds where two sides diverge, on a tiny model."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.errors import ConfigError
 from easyllm.models import load_model, save_model
+from easyllm.models.load import OpenSource
 from easyllm.verify.compare import compare
+from easyllm_command import easyllm
 
 PROMPTS = ("The quick brown", "hello world", "what is the")
 
@@ -67,6 +71,28 @@ def test_int4_differs_more_than_int8(tiny_folder):
 def test_an_unknown_variant_is_refused(tiny_folder):
     with pytest.raises(ConfigError, match="did you mean 'bfloat16'"):
         compare(str(tiny_folder), f"{tiny_folder}@bfloat", PROMPTS)
+
+
+def test_a_damaged_second_model_is_told_before_the_first_is_loaded(
+    tiny_folder, tmp_path, monkeypatch
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    weights = broken / "model.safetensors"
+
+    def load(*_, **__):
+        raise AssertionError("the first model was loaded")
+
+    monkeypatch.setattr(OpenSource, "model", load)
+    tensors, metadata = read_tensors(weights)
+    write_tensors(weights, dict(list(tensors.items())[1:]), metadata)
+    done = easyllm("compare", tiny_folder, broken)
+    assert done.returncode == 2
+    assert next(iter(tensors)) in done.stderr
+    weights.write_bytes(weights.read_bytes()[:5000])
+    done = easyllm("compare", tiny_folder, broken)
+    assert done.returncode == 2
+    assert "is damaged or truncated" in done.stderr
 
 
 def test_the_command_prints_json(tiny_folder):

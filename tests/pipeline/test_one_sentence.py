@@ -191,12 +191,18 @@ WORDS = {
     ),
     "plan {folder}/empty.txt": (
         "empty.txt' is a file that describes no model; give a config.json",
+        "plan also takes a recipe, such as sft-lora, and a number of parameters",
     ),
     "prompt lint {folder}": ("is a folder; give a file such as mine.md",),
     "prompt lint {folder}/binary.txt": ("it is not UTF-8 text",),
     "train {folder}": ("is a folder; give a YAML file",),
     "train {folder}/binary.yaml": ("is not valid YAML: it is not UTF-8 text; correct it",),
     "generate smollm2 ''": ("error: the prompt is empty; give a text",),
+    "generate smollm2 x --cache-gb 0": ("error: --cache-gb 0.0: input should be greater than 0",),
+    "chat smollm2 --cache-gb nan": ("error: --cache-gb nan: input should be a finite number",),
+    "serve smollm2 --max-running 0": ("error: --max-running 0: input should be greater than 0",),
+    "generate smollm2 x --cache-dtype int3": ("cache_dtype 'int3' is not known; use one of",),
+    "generate smollm2 x --draft nosuch": ("model 'nosuch' is not known",),
     "lab rope-distance theta=abc": ("error: command line: theta='abc'",),
     "lab rope-distance output={folder}": ("holds something else than lab rope-distance",),
 }

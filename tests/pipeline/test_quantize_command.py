@@ -1,12 +1,14 @@
 """`easyllm quantize`: what it writes and prints, and what it refuses before any work."""
 
 import json
+import os
 
 import pytest
 import torch
 
 from easyllm.adapters import LoRAConfig, attach, save_adapter
 from easyllm.models import hf_module_name, load_model, save_model
+from easyllm.models.load import OpenSource
 from easyllm_command import easyllm
 from tiny_models import build_tiny
 
@@ -87,9 +89,19 @@ def test_a_folder_is_written_and_its_price_printed(flags, method, bits, folder, 
         (["--type", "q8_0"], "has no effect on type q8_0"),
         (["--dequantize"], "are not quantized; leave out --dequantize"),
         (["--length", "100000"], "longer than the model's context"),
+        (["--data", "nosuch"], "matches no file"),
+        (["--data", os.devnull], "matches no file"),
+        (["--text", "nosuch"], "cannot be read"),
+        (["--text", os.devnull], "is empty"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_any_work(flags, words, folder, tmp_path):
+def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
+    flags, words, folder, tmp_path, monkeypatch
+):
+    def load(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(OpenSource, "model", load)
     flags = ["--data", str(text_file(tmp_path)), "--length", "32", *flags]
     done = easyllm("quantize", str(folder), str(tmp_path / "out"), *flags)
     assert done.returncode == 2

@@ -12,6 +12,7 @@ from easyllm.cli.sampling import load_llm
 from easyllm.core.json_types import JsonMapping
 
 if TYPE_CHECKING:
+    from easyllm.adapters.peft_format import AdapterFile
     from easyllm.engine import LLM
 
 AdapterFolder = Annotated[
@@ -61,27 +62,31 @@ def load_served(
         ConfigError: `adapter` is given with several models; or a model cannot be loaded.
     """
     from easyllm.core.errors import ConfigError
-    from easyllm.models import locate, split_adapter
+    from easyllm.models import open_source
+    from easyllm.models.adapted import read_split
 
     if adapter is not None and len(named) > 1:
         raise ConfigError(
             f"--adapter applies to one model, but {len(named)} are served; give NAME={adapter} "
             "instead, which finds its base"
         )
-    parts = {name: split_adapter(source, adapter) for name, source in named.items()}
+    parts = {name: read_split(source, adapter) for name, source in named.items()}
     groups: dict[Path, list[str]] = {}
     for name, (base, _) in parts.items():
-        groups.setdefault(locate(base).resolve(), []).append(name)
+        opened = open_source(base)
+        opened.check(opened.skeleton())
+        groups.setdefault(opened.path.resolve(), []).append(name)
     found = ServedSources()
     for names in groups.values():
         shared = _shared(names, parts, options)
         alone = [name for name in names if name not in shared]
         for name in alone:
-            base, folder = parts[name]
-            only = None if folder is None else str(folder)
+            base, file = parts[name]
+            only = None if file is None else str(file.folder)
             found.add([name], partial(load_llm, str(base), adapter=only, **options))
         if shared:
-            folders = {name: parts[name][1] for name in shared if parts[name][1] is not None}
+            files = {name: parts[name][1] for name in shared}
+            folders = {name: file.folder for name, file in files.items() if file is not None}
             source = str(parts[shared[0]][0])
             found.add(shared, partial(load_llm, source, adapters=folders, **options))
             found.adapters |= {name: name for name in folders}
@@ -91,7 +96,7 @@ def load_served(
 
 def _shared(
     names: list[str],
-    parts: Mapping[str, tuple[str | Path, Path | None]],
+    parts: Mapping[str, tuple[str | Path, "AdapterFile | None"]],
     options: JsonMapping,
 ) -> list[str]:
     """Returns those of the models with one base that can share its weights; empty if only one.
@@ -100,7 +105,6 @@ def _shared(
     sequence, or has other end tokens or another prompt mask. So do all of them with speculative
     decoding, which does not support adapters selected per request.
     """
-    from easyllm.adapters import read_adapter
     from easyllm.models import open_source
     from easyllm.models.hf_config import read_end_ids
 
@@ -111,12 +115,11 @@ def _shared(
     ends = set(config.eos_token_ids)
     shared = [name for name in names if parts[name][1] is None]
     for name in adapted:
-        folder = parts[name][1]
-        assert folder is not None, "`adapted` lists the models with an adapter"
-        file = read_adapter(folder)
+        file = parts[name][1]
+        assert file is not None, "`adapted` lists the models with an adapter"
         in_linears = file.kind.config.level == "linear" and not file.modules_to_save
         settings = file.base_settings
         has_mask = settings is None or settings.prompt_mask == config.prompt_mask
-        if in_linears and has_mask and set(read_end_ids(folder)) <= ends:
+        if in_linears and has_mask and set(read_end_ids(file.folder)) <= ends:
             shared.append(name)
     return shared if len(shared) > 1 else []

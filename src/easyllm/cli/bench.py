@@ -8,7 +8,7 @@ from easyllm.cli.bench_serve import serve
 from easyllm.cli.models import Model
 from easyllm.cli.options import Values, with_flags
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
-from easyllm.cli.sampling import LOADING
+from easyllm.cli.sampling import LOADING, load_llm
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
@@ -52,11 +52,10 @@ def engine(
 
         easyllm bench engine smollm2 --quantize int4 --json
     """
-    from easyllm.engine import LLM
     from easyllm.engine.rates import measure_rates
 
     # prompts of different shapes share prefixes
-    llm = LLM(model, prefix_caching=False, **loading)
+    llm = load_llm(model, quiet=True, prefix_caching=False, **loading)
     rates, machine = measure_rates(llm, repeats=repeats)
     if json_output:
         print_json({"machine": machine, "rates": [each.as_dict() for each in rates]})

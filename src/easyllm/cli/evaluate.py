@@ -26,7 +26,7 @@ from easyllm.cli.eval_options import (
 )
 from easyllm.cli.options import Values, with_flags
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
-from easyllm.cli.sampling import LOADING, SAMPLING
+from easyllm.cli.sampling import LOADING, SAMPLING, load_llm
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonMapping
 
@@ -243,10 +243,9 @@ def _compared(
 def _answers(
     model: str, data: Path, loads: dict[str, Any], max_tokens: int, *, json_output: bool
 ) -> None:
-    from easyllm.engine import LLM
     from easyllm.evaluate import evaluate_answers
 
-    report = evaluate_answers(LLM(model, **loads), data, max_tokens=max_tokens)
+    report = evaluate_answers(load_llm(model, quiet=True, **loads), data, max_tokens=max_tokens)
     if json_output:
         print_json(report.as_dict())
         return

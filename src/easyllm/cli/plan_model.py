@@ -114,7 +114,6 @@ def plan_a_model(
     """Prints the costs of a model of a known shape."""
     from easyllm.core.device import parse_dtype, pick_device
     from easyllm.engine.kv_cache import cache_format, cache_itemsize
-    from easyllm.models.describe import describe
     from easyllm.plan import plan_model
     from easyllm.quant import find_scheme
 
@@ -123,7 +122,7 @@ def plan_a_model(
     if scheme is not None:
         find_scheme(scheme)
     kept_as = cache_format(asked["cache-dtype"], parse_dtype("bfloat16"))
-    config, on = describe(source), plan_gpus.devices(options)
+    config, on = _described(source), plan_gpus.devices(options)
     formats: dict[str, Any] = {
         "itemsize": weights.itemsize,
         "scheme": scheme,
@@ -155,6 +154,20 @@ def plan_a_model(
             f"note: the model was trained for {config.max_seq_len:,} tokens; "
             "--context exceeds that\n"
         )
+
+
+def _described(source: str) -> "ModelConfig":
+    """Returns the configuration of a source; an unknown one is told what else can be planned."""
+    from easyllm.core.errors import SourceError
+    from easyllm.models.describe import describe
+
+    try:
+        return describe(source)
+    except SourceError as error:
+        raise SourceError(
+            f"{error}; plan also takes a recipe, such as sft-lora, and a number of parameters, "
+            "such as 7B"
+        ) from None
 
 
 def _check(source: str, options: PlanOptions) -> None:

@@ -25,6 +25,7 @@ LOADING = FlagGroup(
     flags={"weight_cache": "--weight-cache/--no-weight-cache"},
     metavars={"draft": "ngram|MODEL", "quantize": "int8|int4|nf4|fp4|llm.int8|gguf"},
 )
+BATCH = FlagGroup(LLMOptions, "max_running")
 MaxTokens = Annotated[int, option(SamplingParams, "max_tokens")]
 RepetitionPenalty = Annotated[float, option(SamplingParams, "repetition_penalty")]
 Beams = Annotated[
@@ -41,10 +42,16 @@ def sampling_params(values: Values) -> SamplingParams:
 
 
 def load_llm(model: str, *, quiet: bool = False, **options: Any) -> "LLM":
-    """Loads a model for generation; prints one line about its memory use on standard error."""
+    """Loads a model for generation; prints one line about its memory use on standard error.
+
+    Raises:
+        ConfigError: an option is wrong; it is named by its flag.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    of_engine = {name: value for name, value in given.items() if name in LLMOptions.model_fields}
+    checked_flags(LLMOptions, of_engine, LOADING, BATCH, source="engine options")
     with importing():
         from easyllm.engine import LLM
-    given = {name: value for name, value in options.items() if value is not None}
     with collector_paused():
         llm = LLM(model, **given)
     if not quiet:

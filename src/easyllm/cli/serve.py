@@ -11,9 +11,8 @@ import typer
 from easyllm.cli.adapter import AdapterFolder, load_served
 from easyllm.cli.options import FlagGroup, Values, checked_flags, with_flags
 from easyllm.cli.output import home_path
-from easyllm.cli.sampling import LOADING
+from easyllm.cli.sampling import BATCH, LOADING
 from easyllm.core.json_types import JsonObject
-from easyllm.engine.options import LLMOptions
 from easyllm.serve.limits import ServeLimits
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ TIMEOUTS = FlagGroup(
 QUEUE = FlagGroup(
     ServeLimits, "max_waiting", "unload_idle_s", flags={"unload_idle_s": "--unload-idle"}
 )
-BATCH = FlagGroup(LLMOptions, "max_running")
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port of the server and its chat page.")]
 
 AllowedHosts = Annotated[

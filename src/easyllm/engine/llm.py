@@ -9,30 +9,35 @@ import torch
 from torch import Tensor
 
 from easyllm.core.config import validate
-from easyllm.core.device import memory_free_bytes, parse_dtype, pick_device
+from easyllm.core.device import memory_free_bytes
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
-from easyllm.engine.admission import check_generates
 from easyllm.engine.beam import Hypothesis, beam_search
 from easyllm.engine.completion import Completion
 from easyllm.engine.draft_model import ModelDrafter
 from easyllm.engine.embedding import Pooling, check_length, embed
 from easyllm.engine.engine import Engine
 from easyllm.engine.guide_spec import GuideSpec, check_guided_params
-from easyllm.engine.memory_plan import check_weights_fit, plan_memory
-from easyllm.engine.named_adapters import attach_named, detach_named, load_served, unload_served
-from easyllm.engine.options import LLMOptions, refuse_loading_options
+from easyllm.engine.loading import load_generator
+from easyllm.engine.memory_plan import plan_memory
+from easyllm.engine.named_adapters import (
+    attach_named,
+    detach_named,
+    load_served,
+    read_named,
+    unload_served,
+)
+from easyllm.engine.options import NGRAM, LLMOptions, refuse_loading_options
 from easyllm.engine.params import BeamParams, SamplingParams
 from easyllm.engine.prompts import Prompt, as_prompts, with_system
 from easyllm.engine.request import MaskSource, Request, TokenEvent
 from easyllm.engine.speculative import Drafter, NgramDrafter
-from easyllm.models.adapted import apply_adapter, load_adapted, split_adapter
+from easyllm.models.adapted import load_adapted, split_adapter
 from easyllm.models.context import ContextConfig
-from easyllm.models.load import load_tokenizer, open_source
+from easyllm.models.load import load_tokenizer
 from easyllm.models.sampling_defaults import read_sampling_defaults
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import rowwise_logprobs
-from easyllm.quant import schemes
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -101,23 +106,9 @@ class LLM:
         if isinstance(draft, str | Path):
             values["draft"] = str(draft)
         checked = validate(LLMOptions, values, source="engine options")
+        named = read_named(adapters or {})
         if model is None:
-            source, folder = split_adapter(source, adapter)
-            on = pick_device(checked.device or "auto")
-            wanted = checked.dtype or ("float32" if on.type == "cpu" else "bfloat16")
-            opened = open_source(source, context=context)
-            check_generates(opened.config)
-            weights, free = parse_dtype(wanted), memory_free_bytes(on)
-            check_weights_fit(
-                opened.weight_bytes,
-                weights,
-                free,
-                quantize=quantize,
-                schemes=schemes() if opened.packed is None else (),
-            )
-            model = opened.model(weights, on, quantize=quantize, weight_cache=checked.weight_cache)
-            if folder is not None:
-                check_generates(apply_adapter(model, folder).config)
+            model, opened = load_generator(source, checked, adapter=adapter, context=context)
             tokenizer = tokenizer or opened.tokenizer()
             self.sampling_defaults = read_sampling_defaults(
                 opened.path, None if opened.gguf is None else opened.gguf.metadata
@@ -128,7 +119,7 @@ class LLM:
             )
             self.sampling_defaults = {}
         self.model = model
-        added = attach_named(model, adapters or {})
+        added = attach_named(model, named)
         self.tokenizer = tokenizer or load_tokenizer(source)
         try:
             drafter = self._drafter(draft, checked)
@@ -396,7 +387,7 @@ class LLM:
         if draft is None:
             return None
         count = options.draft_tokens
-        if options.draft == "ngram":
+        if options.draft == NGRAM:
             return NgramDrafter(count)
         if not isinstance(draft, Decoder):
             theirs = load_tokenizer(split_adapter(draft)[0])

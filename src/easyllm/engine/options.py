@@ -11,6 +11,8 @@ from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError
 
 MAX_DRAFT_TOKENS = 16
+NGRAM = "ngram"
+"""The source of draft tokens that needs no model."""
 
 
 class EngineConfig(Config):

@@ -3,6 +3,7 @@
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from easyllm.models.hf_config import CONFIG_FILE, read_end_ids, with_end_ids
 from easyllm.models.load import load_model
 from easyllm.models.sources import HUB_PREFIX, KNOWN_MODELS
 from easyllm.nn.decoder import Decoder
+
+if TYPE_CHECKING:
+    from easyllm.adapters.peft_format import AdapterFile
 
 ADAPTER_FILE = "adapter_config.json"
 """The file that makes a folder an adapter. Whether there is one is asked for every model, so that
@@ -37,9 +41,37 @@ def split_adapter(
         SourceError: both arguments are adapters, or the base model cannot be found.
         CheckpointError: there is no such adapter, or a file of it is damaged.
     """
+    base, folder = _split(source, adapter)
+    if folder is not None:
+        from easyllm.models.adapter_files import check_adapter  # imports all methods of adapters
+
+        check_adapter(folder)
+    return base, folder
+
+
+def read_split(
+    source: str | Path, adapter: str | Path | None = None
+) -> tuple[str | Path, "AdapterFile | None"]:
+    """Returns the base model's source and the adapter read from its folder, if there is one.
+
+    Args:
+        source, adapter: as for `split_adapter`.
+
+    Raises:
+        SourceError: as for `split_adapter`.
+        CheckpointError: there is no such adapter, or its files are damaged or hold NaN.
+    """
+    base, folder = _split(source, adapter)
+    if folder is None:
+        return base, None
+    from easyllm.adapters import read_adapter  # imports all methods of adapters
+
+    return base, read_adapter(folder)
+
+
+def _split(source: str | Path, adapter: str | Path | None) -> tuple[str | Path, Path | None]:
+    """Returns the base model's source and the adapter's folder, without looking at its files."""
     if not is_adapter(source):
-        if adapter is not None:
-            _check(expanded(adapter))
         return source, None if adapter is None else expanded(adapter)
     if adapter is not None:
         raise SourceError(
@@ -47,15 +79,7 @@ def split_adapter(
             "one adapter"
         )
     folder = expanded(source)
-    base = base_of(folder)
-    _check(folder)
-    return base, folder
-
-
-def _check(folder: Path) -> None:
-    from easyllm.models.adapter_files import check_adapter  # imports all methods of adapters
-
-    check_adapter(folder)
+    return base_of(folder), folder
 
 
 def base_of(folder: Path) -> str:
@@ -88,7 +112,7 @@ def base_of(folder: Path) -> str:
     )
 
 
-def apply_adapter(model: Decoder, folder: Path) -> Decoder:
+def apply_adapter(model: Decoder, file: "AdapterFile") -> Decoder:
     """Applies an adapter to every sequence of a model, with the end tokens it was trained on.
 
     Full-precision weights are merged with the adapter, so that the model is as fast as its base;
@@ -96,17 +120,17 @@ def apply_adapter(model: Decoder, folder: Path) -> Decoder:
 
     Args:
         model: the base model; modified in place.
-        folder: the adapter's folder, in peft's format.
+        file: the adapter (`read_split`).
 
     Raises:
-        CheckpointError: the folder contains no adapter, or one for another model.
+        CheckpointError: the adapter is for another model.
         ConfigError: the method does not support the storage of the weights.
     """
     from easyllm.adapters import merge
     from easyllm.models.adapter_files import add_adapter
 
-    add_adapter(model, folder)
-    model.config = with_end_ids(model.config, read_end_ids(folder))
+    add_adapter(model, file)
+    model.config = with_end_ids(model.config, read_end_ids(file.folder))
     with suppress(ConfigError):  # quantized weights, or a method without a merged form
         merge(model)
     return model
@@ -129,9 +153,16 @@ def load_adapted(
     Raises:
         SourceError, CheckpointError: as for `load_model` and `split_adapter`.
     """
-    base, folder = split_adapter(source, adapter)
+    base, file = read_split(source, adapter)
     model = load_model(base, dtype=dtype, device=device)
-    return model if folder is None else apply_adapter(model, folder)
+    return model if file is None else apply_adapter(model, file)
 
 
-__all__ = ["apply_adapter", "base_of", "is_adapter", "load_adapted", "split_adapter"]
+__all__ = [
+    "apply_adapter",
+    "base_of",
+    "is_adapter",
+    "load_adapted",
+    "read_split",
+    "split_adapter",
+]

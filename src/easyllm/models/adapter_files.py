@@ -3,31 +3,31 @@
 from pathlib import Path
 
 from easyllm.adapters import load_adapter, read_adapter
-from easyllm.adapters.peft_format import CONFIG, WEIGHTS, read_description
+from easyllm.adapters.peft_format import CONFIG, WEIGHTS, AdapterFile, read_description
 from easyllm.adapters.peft_values import check_values
 from easyllm.adapters.peft_whole import HEAD
 from easyllm.checkpoint.store import open_safetensors
 from easyllm.core.errors import ConfigError, EasyllmError
+from easyllm.core.paths import expanded
 from easyllm.models.heads import to_classifier
 from easyllm.models.hf_names import hf_module_name
 from easyllm.nn.decoder import Decoder
 
 
-def check_adapter(folder: str | Path) -> None:
-    """Checks, before its base is loaded, that a folder holds an adapter with whole files.
-
-    The values of its tensors are checked when it is loaded.
+def check_adapter(folder: Path) -> None:
+    """Checks that a folder holds an adapter with whole files, without reading its tensors.
 
     Raises:
         CheckpointError: there is none, or a file is damaged or truncated.
     """
-    folder = Path(folder)
     check_values(read_description(folder), folder / CONFIG)
     with open_safetensors(folder / WEIGHTS):
         pass
 
 
-def add_adapter(model: Decoder, folder: str | Path, *, name: str = "", base: str = "") -> Decoder:
+def add_adapter(
+    model: Decoder, folder: str | Path | AdapterFile, *, name: str = "", base: str = ""
+) -> Decoder:
     """Loads an adapter from a folder and attaches it to the model.
 
     A classification head that was trained with the adapter is loaded too. If the embedding and the
@@ -35,7 +35,8 @@ def add_adapter(model: Decoder, folder: str | Path, *, name: str = "", base: str
 
     Args:
         model: the model, changed in place.
-        folder: the folder of the adapter, in peft format.
+        folder: the folder of the adapter, in peft format, or what was read from it
+            (`adapters.read_adapter`).
         name: name under which several adapters are selected per sequence
             (`ForwardContext.adapters`); without a name, the adapter applies to every sequence.
         base: the source of `model`, for messages.
@@ -48,7 +49,7 @@ def add_adapter(model: Decoder, folder: str | Path, *, name: str = "", base: str
         ConfigError: the model already has an adapter, or a named adapter has its own
             classification head.
     """
-    file = read_adapter(Path(folder))
+    file = folder if isinstance(folder, AdapterFile) else read_adapter(expanded(folder))
     labels = file.num_labels()
     another_head = labels is not None and model.config.num_labels != labels
     own_head = file.has_own_head(model, hf_module_name(model))

@@ -409,11 +409,12 @@ def load_model(
     if adapter is None:
         return opened.model(wanted, on, quantize=quantize, weight_cache=weight_cache)
     # imports all methods of adapters
-    from easyllm.models.adapter_files import add_adapter, check_adapter
+    from easyllm.adapters import read_adapter
+    from easyllm.models.adapter_files import add_adapter
 
-    check_adapter(adapter)  # before the base is loaded
+    file = read_adapter(expanded(adapter))  # before the base is loaded
     model = opened.model(wanted, on, quantize=quantize, weight_cache=weight_cache)
-    return add_adapter(model, adapter, base=str(source))
+    return add_adapter(model, file, base=str(source))
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import torch
 
-from easyllm.adapters import check_mergeable, merge
+from easyllm.adapters import check_mergeable, merge, read_adapter
 from easyllm.core.atomic import check_output_free, unfinished
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.core.json_types import JsonObject
 from easyllm.models import add_adapter, open_source
-from easyllm.models.full_weights import to_full_weights
+from easyllm.models.full_weights import check_finite, to_full_weights
 from easyllm.models.load import OpenSource
 from easyllm.pipeline.quantize_memory import check_memory
 from easyllm.pipeline.quantize_options import BITSANDBYTES, MAX_KL, QuantizeOptions
 from easyllm.pipeline.quantize_price import Original, Price, measure, measure_original
-from easyllm.pipeline.quantize_work import QuantizeWork
+from easyllm.pipeline.quantize_work import QuantizeWork, calibration_text
 from easyllm.quant.gguf_blocks import TYPES
 from easyllm.quant.methods import METHODS
 from easyllm.verify.export_gate import GateError
@@ -78,18 +78,21 @@ def _quantize(
     _check_source(opened, options)
     predicted = check_memory(opened.config, options)
     tokenizer = opened.tokenizer()
-    model = to_full_weights(opened.model(torch.float32, torch.device("cpu")))
-    if adapter is not None:
-        check_mergeable(add_adapter(model, adapter, base=source))
-    work = QuantizeWork(source, target, options, model, tokenizer, adapter)
-    work.results["predicted_peak_bytes"] = predicted
+    QuantizeWork(source, target, options, opened.skeleton(), tokenizer, adapter)  # checks it
     text = gate_text(
         tokenizer,
-        vocab_size=model.config.vocab_size,
-        max_seq_len=model.config.max_seq_len,
+        vocab_size=opened.config.vocab_size,
+        max_seq_len=opened.config.max_seq_len,
         path=None if options.text is None else Path(options.text),
     )
-    calibrated = work.calibration()
+    calibrated = calibration_text(options, tokenizer, longest=opened.config.max_seq_len)
+    file = None if adapter is None else read_adapter(adapter)
+    model = to_full_weights(opened.model(torch.float32, torch.device("cpu")))
+    if file is not None:
+        check_mergeable(add_adapter(model, file, base=source))
+    check_finite(model, source)
+    work = QuantizeWork(source, target, options, model, tokenizer, adapter)
+    work.results["predicted_peak_bytes"] = predicted
     if original is None:
         original = measure_original(model, tokenizer, text)
     elif model.is_adapted:

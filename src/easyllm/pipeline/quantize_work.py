@@ -34,6 +34,35 @@ from easyllm.quant.methods import find_method
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 
+def calibration_text(
+    options: QuantizeOptions, tokenizer: Tokenizer, *, longest: int
+) -> Calibration | None:
+    """Returns the calibration text; None if the method needs none.
+
+    Args:
+        options: method, number and length of the sequences.
+        tokenizer: the model's tokenizer.
+        longest: the model's context, in tokens.
+
+    Raises:
+        ConfigError: the sequences are longer than the context.
+        DataError: the file cannot be read, or there is too little text.
+    """
+    if not options.needs_text:
+        return None
+    if options.length > longest and options.length != DEFAULT_LENGTH:
+        raise ConfigError(
+            f"a calibration sequence of {options.length} tokens is longer than the "
+            f"model's context of {longest}; lower length"
+        )
+    return calibration(
+        tokenizer,
+        path=None if options.data is None else Path(options.data),
+        count=options.samples,
+        length=min(options.length, longest),
+    )
+
+
 @dataclass(slots=True)
 class QuantizeWork:
     """A model to quantize, and what to quantize it to.
@@ -47,7 +76,7 @@ class QuantizeWork:
         adapter: the folder of the adapter that is merged first, if any.
 
     Raises:
-        ConfigError: the format cannot hold a linear of the model, or a weight is not finite.
+        ConfigError: the format cannot hold a linear of the model.
         CheckpointError: the format cannot represent the model or its tokenizer.
     """
 
@@ -65,7 +94,6 @@ class QuantizeWork:
     files: LayerFiles | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        check_finite(self.model, self.source)
         modules = dict(self.model.weight_modules())
         names = [name for name in modules if not name.endswith(ROUTERS)]
         if self.options.is_gguf:
@@ -84,29 +112,6 @@ class QuantizeWork:
             self._gptq_linears(self.options.scheme)
         if self.options.scheme is not None and not self._blockwise_linears(self.options.scheme):
             raise ConfigError("no linear of the model is to be quantized; change --override")
-
-    def calibration(self) -> Calibration | None:
-        """Returns the calibration text; None if the method needs none."""
-        options = self.options
-        if not options.needs_text:
-            return None
-        return calibration(
-            self.tokenizer,
-            path=None if options.data is None else Path(options.data),
-            count=options.samples,
-            length=self._length(),
-        )
-
-    def _length(self) -> int:
-        longest = self.model.config.max_seq_len
-        if self.options.length <= longest:
-            return self.options.length
-        if self.options.length != DEFAULT_LENGTH:
-            raise ConfigError(
-                f"a calibration sequence of {self.options.length} tokens is longer than the "
-                f"model's context of {longest}; lower length"
-            )
-        return longest
 
     def quantize(self, calibrated: Calibration | None) -> None:
         """Quantizes the model in memory; for GGUF, computes the importance of inputs."""
@@ -275,4 +280,4 @@ class QuantizeWork:
         return {"model": self.source, **options, "calibration": found}
 
 
-__all__ = ["QuantizeWork"]
+__all__ = ["QuantizeWork", "calibration_text"]

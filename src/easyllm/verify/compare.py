@@ -15,12 +15,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from easyllm.adapters.peft_format import AdapterFile
 from easyllm.core.config import validate
+from easyllm.core.device import parse_dtype
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.core.json_types import JsonObject
 from easyllm.engine import LLM, SamplingParams
-from easyllm.models import load_model, load_tokenizer, save_model, split_adapter
-from easyllm.models.adapted import apply_adapter
+from easyllm.engine.admission import check_generates
+from easyllm.models import load_tokenizer, save_model
+from easyllm.models.adapted import apply_adapter, read_split
+from easyllm.models.load import OpenSource, open_source
 from easyllm.nn.decoder import Decoder
 from easyllm.quant import quantize_weights, schemes
 from easyllm.tokenizer.tokenizer import Tokenizer
@@ -141,20 +145,42 @@ def compare(
         "ignore_eos": True,
     }
     params = validate(SamplingParams, values, source="sampling options")
-    sides = [open_side(a), open_side(b, adapter)]
-    if sides[0].tokenizer.fingerprint != sides[1].tokenizer.fingerprint:
+    opened = [_open(a), _open(b, adapter)]  # mistakes are told before any weights are read
+    if opened[0].tokenizer.fingerprint != opened[1].tokenizer.fingerprint:
         raise ConfigError(
             f"{a!r} and {b!r} have different tokenizers, so their tokens cannot be compared; "
             "use two models with the same vocabulary"
         )
+    sides = [each.load() for each in opened]
     return [_compare(sides[0], sides[1], prompt, params) for prompt in prompts]
 
 
-def open_side(spec: str, adapter: str | Path | None = None) -> Side:
-    """Loads the side named by `SOURCE[@VARIANT]`.
+@dataclass(frozen=True, slots=True)
+class _OpenSide:
+    """A side whose files have been found and checked, without the weights of its model."""
+
+    source: OpenSource
+    variant: str
+    adapter: AdapterFile | None
+    tokenizer: Tokenizer
+
+    def load(self) -> Side:
+        dtype = parse_dtype(self.variant if self.variant in DTYPES else "float32")
+        model = self.source.model(dtype, torch.device("cpu"))
+        if self.variant in schemes():
+            quantize_weights(model, self.variant)
+        if self.adapter is not None:
+            apply_adapter(model, self.adapter)
+        side = _TransformersSide if self.variant == TRANSFORMERS else _EngineSide
+        return side(model, self.tokenizer)
+
+
+def _open(spec: str, adapter: str | Path | None = None) -> _OpenSide:
+    """Finds and checks the files of the side named by `SOURCE[@VARIANT]`.
 
     Raises:
-        ConfigError: the variant is unknown.
+        SourceError, CheckpointError: there is no such model, or its files do not match.
+        ConfigError: the variant is unknown, or cannot be made from this model.
     """
     name, _, variant = spec.partition("@")
     variants = (*DTYPES, *schemes(), TRANSFORMERS)
@@ -163,15 +189,13 @@ def open_side(spec: str, adapter: str | Path | None = None) -> Side:
             f"variant {variant!r} of {spec!r} is not known{suggest(variant, variants)}; use one of "
             f"{', '.join(variants)}"
         )
-    source, folder = split_adapter(name, adapter)
-    model = load_model(source, dtype=variant if variant in DTYPES else "float32")
+    base, file = read_split(name, adapter)
+    opened = open_source(base)
+    opened.check(opened.skeleton())
     if variant in schemes():
-        quantize_weights(model, variant)
-    if folder is not None:
-        apply_adapter(model, folder)
-    tokenizer = load_tokenizer(source)
-    side = _TransformersSide if variant == TRANSFORMERS else _EngineSide
-    return side(model, tokenizer)
+        opened.check_unquantized(variant)
+    check_generates(opened.config)
+    return _OpenSide(opened, variant, file, load_tokenizer(base))
 
 
 class _EngineSide:
