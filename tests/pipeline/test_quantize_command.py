@@ -132,15 +132,18 @@ def test_several_ways_are_compared_in_one_run(folder, tmp_path):
     prices = json.loads(done.stdout)
     assert list(prices) == names.split(",")
     assert prices["q8_0"]["kl_nats"] < prices["rtn"]["kl_nats"]
+    assert [f"{name} ({i} of 4)" in done.stderr for i, name in enumerate(prices, 1)] == [True] * 4
     for flags, words in (
         (["rtn,gtpq"], "'gtpq' is neither a method nor a GGUF type"),
         ([","], "names nothing to compare"),
         (["rtn,nf4", "--samples", "4"], "samples has no effect on any of rtn, nf4"),
         (["rtn", "--type", "q4_0"], "type has no effect on any of rtn"),
+        (["nf4,gptq", "--group-size", "48"], "a group size of 48 does not divide 64 inputs"),
         (["rtn", "--keep"], "--keep and --max-kl concern a result that is written"),
     ):
         done = easyllm("quantize", str(folder), "--compare", *flags)
         assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
         assert words in " ".join(done.stderr.split())
 
 
@@ -164,6 +167,12 @@ def test_a_result_that_differs_too_much_is_kept_only_on_request(folder, tmp_path
     assert "KL divergence" in done.stderr
     assert "nothing was written" in " ".join(done.stderr.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    done = easyllm("quantize", str(folder), str(tmp_path / "out"), *flags, "--json")
+    told = json.loads(done.stdout)
+    assert told["path"] is None
+    assert (
+        max(row["kl_nats"] for row in told["gate"]["rows"] if row["name"] == "saved, reloaded") > 0
+    )
     done = easyllm("quantize", str(folder), str(tmp_path / "out"), *flags, "--keep")
     assert done.returncode == 1
     assert "was kept" in " ".join(done.stderr.split())

@@ -1,6 +1,8 @@
 """The `easyllm quantize` command."""
 
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,11 +116,17 @@ def _compare(
     from easyllm.pipeline import quantize as pipeline
 
     listed = [name.strip() for name in names.split(",") if name.strip()]
-    prices = pipeline.compare(source, pipeline.variants(listed, options), adapter=adapter)
+    ways = pipeline.variants(listed, options)
+    prices = pipeline.compare(source, ways, adapter=adapter, begun=partial(_note_begun, list(ways)))
     if json_output:
         print_json({name: price.as_dict() for name, price in prices.items()})
     else:
         _print_table(prices)
+
+
+def _note_begun(names: Sequence[str], name: str) -> None:
+    """Says which of several ways is tried now, above the progress of its steps."""
+    sys.stderr.write(f"{name} ({names.index(name) + 1} of {len(names)})\n")
 
 
 def _write(
@@ -137,7 +145,9 @@ def _write(
     try:
         price = pipeline.quantize(source, target, checked, adapter=adapter, **limits)
     except GateError as error:
-        if not json_output:
+        if json_output:
+            print_json({"path": None, "gate": error.gate.as_dict()})
+        else:
             _print_gate(error.gate)
         raise
     if json_output:

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,13 +72,8 @@ def _quantize(
     Args:
         original: the original, if it was measured before.
     """
-    _check_target(target, options)
-    check_output_free(target)
-    opened = open_source(source)
-    _check_source(opened, options)
-    predicted = check_memory(opened.config, options)
+    opened, predicted = _opened(source, target, options, adapter)
     tokenizer = opened.tokenizer()
-    QuantizeWork(source, target, options, opened.skeleton(), tokenizer, adapter)  # checks it
     text = gate_text(
         tokenizer,
         vocab_size=opened.config.vocab_size,
@@ -120,6 +115,26 @@ def _quantize(
             )
     work.finish()
     return replace(price, path=target, complaint=complaint), original
+
+
+def _opened(
+    source: str, target: Path, options: QuantizeOptions, adapter: Path | None
+) -> tuple[OpenSource, int]:
+    """Returns the opened source and the predicted peak of the process in bytes.
+
+    What does not fit is told here, before any weights are read.
+
+    Raises:
+        ConfigError, CheckpointError: as for `quantize`; or the model does not fit into memory.
+        OutputError: the target exists or cannot be written.
+    """
+    _check_target(target, options)
+    check_output_free(target)
+    opened = open_source(source)
+    _check_source(opened, options)
+    predicted = check_memory(opened.config, options)
+    QuantizeWork(source, target, options, opened.skeleton(), opened.tokenizer(), adapter)
+    return opened, predicted
 
 
 def _check_target(target: Path, options: QuantizeOptions) -> None:
@@ -170,13 +185,18 @@ def _complaint(price: Price, max_kl: float) -> str | None:
 
 
 def compare(
-    source: str, options: Mapping[str, QuantizeOptions], *, adapter: Path | None = None
+    source: str,
+    options: Mapping[str, QuantizeOptions],
+    *,
+    adapter: Path | None = None,
+    begun: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Price]:
     """Quantizes a model in several ways, each to temporary files, and returns what each costs.
 
     Args:
         source, adapter: as for `quantize`.
         options: the ways by name.
+        begun: called with the name of each way before it is tried.
 
     Raises:
         ConfigError, DataError: as for `quantize`.
@@ -184,10 +204,16 @@ def compare(
     found = dict[str, Price]()
     original: Original | None = None
     with tempfile.TemporaryDirectory(prefix="easyllm-quantize-") as folder:
-        for number, (name, its) in enumerate(options.items()):
-            target = Path(folder) / (f"{number}.gguf" if its.is_gguf else str(number))
+        targets = {
+            name: Path(folder) / (f"{number}.gguf" if its.is_gguf else str(number))
+            for number, (name, its) in enumerate(options.items())
+        }
+        for name, its in options.items():  # the last one's mistake, too, before the first is tried
+            _opened(source, targets[name], its, adapter)
+        for name, its in options.items():
+            begun(name)
             found[name], original = _quantize(
-                source, target, its, adapter, keep=True, original=original
+                source, targets[name], its, adapter, keep=True, original=original
             )
     return found
 
