@@ -272,11 +272,16 @@ def test_settings_are_sent_and_a_wrong_one_is_named(open_page):
         ready(page)
         page.click("#settings-button")
         page.wait_for("document.querySelector('#set-temperature')")
+        assert page.evaluate("document.querySelector('#set-temperature').placeholder") == "0.7"
         page.type("#set-temperature", "0.3")
         page.type("#set-stop", "END")
         page.type("#system", "Be brief.")
         body = page.evaluate("import('/assets/js/generate.js').then(m => m.requestFields())")
         assert (body["temperature"], body["stop"], body["max_tokens"]) == (0.3, ["END"], 8)
+        assert body["top_p"] == 0.95  # the model recommends nothing
+        own = "state.models[0].default_sampling = {temperature: 0.2}, m.requestFields('base')"
+        body = page.evaluate(f"import('/assets/js/generate.js').then(m => {STATE % f'({own})'})")
+        assert (body["temperature"], "top_p" in body) == (0.3, False)
         page.type("#set-temperature", "9")
         page.wait_for("document.querySelector('#set-temperature').ariaInvalid === 'true'")
         page.type("#set-tools", "{not json")

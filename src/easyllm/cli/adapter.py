@@ -63,14 +63,14 @@ def load_served(
     """
     from easyllm.core.errors import ConfigError
     from easyllm.models import open_source
-    from easyllm.models.adapted import read_split
+    from easyllm.models.adapted import open_adapted
 
     if adapter is not None and len(named) > 1:
         raise ConfigError(
             f"--adapter applies to one model, but {len(named)} are served; give NAME={adapter} "
             "instead, which finds its base"
         )
-    parts = {name: read_split(source, adapter) for name, source in named.items()}
+    parts = {name: open_adapted(source, adapter) for name, source in named.items()}
     groups: dict[Path, list[str]] = {}
     for name, (base, _) in parts.items():
         opened = open_source(base)

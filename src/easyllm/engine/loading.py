@@ -7,7 +7,7 @@ from easyllm.engine.admission import check_generates
 from easyllm.engine.kv_cache import cache_format
 from easyllm.engine.memory_plan import check_weights_fit
 from easyllm.engine.options import NGRAM, LLMOptions
-from easyllm.models.adapted import apply_adapter, read_split, split_adapter
+from easyllm.models.adapted import apply_adapter, open_adapted, split_adapter
 from easyllm.models.context import ContextConfig
 from easyllm.models.load import OpenSource, open_source
 from easyllm.nn.decoder import Decoder
@@ -40,7 +40,7 @@ def load_generator(
     wanted = options.dtype or ("float32" if on.type == "cpu" else "bfloat16")
     weights = parse_dtype(wanted)
     cache_format(options.cache_dtype, weights)
-    base, file = read_split(source, adapter)
+    base, file = open_adapted(source, adapter)
     opened = open_source(base, context=context)
     check_generates(opened.config)
     if options.draft not in (None, NGRAM):

@@ -49,7 +49,7 @@ def split_adapter(
     return base, folder
 
 
-def read_split(
+def open_adapted(
     source: str | Path, adapter: str | Path | None = None
 ) -> tuple[str | Path, "AdapterFile | None"]:
     """Returns the base model's source and the adapter read from its folder, if there is one.
@@ -120,7 +120,7 @@ def apply_adapter(model: Decoder, file: "AdapterFile") -> Decoder:
 
     Args:
         model: the base model; modified in place.
-        file: the adapter (`read_split`).
+        file: the adapter (`open_adapted`).
 
     Raises:
         CheckpointError: the adapter is for another model.
@@ -153,7 +153,7 @@ def load_adapted(
     Raises:
         SourceError, CheckpointError: as for `load_model` and `split_adapter`.
     """
-    base, file = read_split(source, adapter)
+    base, file = open_adapted(source, adapter)
     model = load_model(base, dtype=dtype, device=device)
     return model if file is None else apply_adapter(model, file)
 
@@ -163,6 +163,6 @@ __all__ = [
     "base_of",
     "is_adapter",
     "load_adapted",
-    "read_split",
+    "open_adapted",
     "split_adapter",
 ]

@@ -23,7 +23,7 @@ from easyllm.core.json_types import JsonObject
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.admission import check_generates
 from easyllm.models import load_tokenizer, save_model
-from easyllm.models.adapted import apply_adapter, read_split
+from easyllm.models.adapted import apply_adapter, open_adapted
 from easyllm.models.load import OpenSource, open_source
 from easyllm.nn.decoder import Decoder
 from easyllm.quant import quantize_weights, schemes
@@ -189,7 +189,7 @@ def _open(spec: str, adapter: str | Path | None = None) -> _OpenSide:
             f"variant {variant!r} of {spec!r} is not known{suggest(variant, variants)}; use one of "
             f"{', '.join(variants)}"
         )
-    base, file = read_split(name, adapter)
+    base, file = open_adapted(name, adapter)
     opened = open_source(base)
     opened.check(opened.skeleton())
     if variant in schemes():

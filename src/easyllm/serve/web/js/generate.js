@@ -2,15 +2,15 @@
 
 import { Problem, eventsOf, postJSON, request } from "./api.js";
 import { messagesOf, pathTo } from "./tree.js";
-import { changed, saveSoon, state } from "./state.js";
+import { changed, saveSoon, state, usualSampling } from "./state.js";
 import { saveTokens } from "./store.js";
 
 export const TOP = 8; // alternatives that are recorded for each token
 
-/** Returns the fields of a request that follow from the settings; raises a Problem if one is wrong. */
-export function requestFields() {
+/** Returns the fields of a request to a model; raises a Problem if a setting is wrong. */
+export function requestFields(model) {
   const { values, tools, form, formText, record } = state.settings;
-  const fields = { ...values };
+  const fields = { ...usualSampling(model), ...values };
   if (tools.trim()) fields.tools = parsed(tools, "tools");
   if (form === "json") fields.response_format = { type: "json_object" };
   if (form === "schema")
@@ -66,7 +66,7 @@ export async function generate(node, onPiece) {
     const continued = node.content !== "";
     const path = pathTo(conversation, continued ? node.id : node.parent);
     const body = {
-      ...requestFields(),
+      ...requestFields(node.model),
       model: node.model,
       messages: messagesOf(conversation, path),
       stream: true,

@@ -179,7 +179,7 @@ function legend() {
   const steps = [0, 1, 2, 3, 4, 5].map(step => h("span", { class: "token s" + step }, " "));
   return h(
     "p",
-    { class: "legend hint", "aria-hidden": "true" },
+    { class: "shades hint", "aria-hidden": "true" },
     h("span", { t: "sure" }),
     ...steps,
     h("span", { t: "unsure" }),

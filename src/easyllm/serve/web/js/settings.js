@@ -3,7 +3,7 @@
 import { byId, h } from "./dom.js";
 import { onLanguage, translate } from "./i18n.js";
 import { countSoon } from "./composer.js";
-import { changed, on, saveSettings, saveSoon, state } from "./state.js";
+import { changed, on, saveSettings, saveSoon, state, usualSampling } from "./state.js";
 
 /** A field of the request: its bounds, and how its text becomes a value. */
 const number = (name, min, max, step) => ({ name, min, max, step, kind: "number" });
@@ -196,13 +196,13 @@ function checkOf(name) {
   return h("label", { class: "check" }, input, h("span", { t: name }));
 }
 
-/** Shows the model's own defaults as placeholders. */
+/** Shows what an empty field means as its placeholder. */
 function showDefaults() {
-  const entry = state.models.find(each => each.id === state.chosen[0]);
+  const sampling = { temperature: 1, top_p: 1, ...usualSampling(state.chosen[0]) };
   for (const field of Object.values(GROUPS).flat()) {
     const input = byId("set-" + field.name);
     if (input && field.kind === "number") {
-      const usual = { temperature: 1, top_p: 1, ...entry?.default_sampling }[field.name];
+      const usual = sampling[field.name];
       input.placeholder = usual === undefined ? "–" : String(Math.round(usual * 1000) / 1000);
     }
   }

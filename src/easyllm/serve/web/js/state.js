@@ -45,6 +45,16 @@ export function saveSettings() {
   }
 }
 
+/**
+ * Returns the sampling parameters of a model's answers where the settings are empty: its own, or,
+ * if it recommends none, those of `easyllm chat`. The API's defaults (temperature 1, no top-p)
+ * let small models write unlikely tokens until their text makes no sense.
+ */
+export function usualSampling(model) {
+  const own = state.models.find(each => each.id === model)?.default_sampling || {};
+  return "temperature" in own || "top_p" in own ? own : { temperature: 0.7, top_p: 0.95, ...own };
+}
+
 const listeners = { thread: [], models: [], list: [], running: [] };
 export function on(name, action) {
   listeners[name].push(action);

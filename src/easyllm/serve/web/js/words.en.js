@@ -184,7 +184,7 @@ export default {
   perSecond: "{n} tokens/s",
   prefilling: "prefill",
   decoding: "decode",
-  nothingRuns: "Nothing runs.",
+  nothingRuns: "No request is running.",
   sequence: "Sequence",
   tokensColumn: "Tokens",
   cachedColumn: "Cached",
