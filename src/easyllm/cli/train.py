@@ -85,7 +85,7 @@ def train(
 
         easyllm train recipe.yaml parallel.layout=fsdp --ray 8
 
-        torchrun --nproc-per-node 8 --nnodes 2 --node-rank 0 --master-addr HOST -m easyllm train FILE
+        torchrun --nnodes 2 --node-rank 0 --master-addr HOST -m easyllm train FILE
     """
     from easyllm.cli.ranks import run_ranks, run_workers
     from easyllm.core.errors import ConfigError
