@@ -1,33 +1,22 @@
 """Checkpoints of divided runs: other numbers of ranks, other layouts, a killed rank, HF files."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import easyllm
 from easyllm.checkpoint.store import INDEX, TensorFolder
 from easyllm.checkpoint.stream import stream_model_weights
 from easyllm.cli.main import app
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.models import load_model
 from easyllm.train.consolidate import consolidate
-from easyllm.train.metrics import read_metrics
+from stage_runs import losses, run_stages, stage
 
-SUPPORT = Path(__file__).parents[1] / "support"
 STEPS = 12
 ADAPTER = {"kind": "lora", "rank": 3, "alpha": 6, "also_trained": ["norm"]}
-
-
-def stage(values, output, ranks, parallel=None, **changes):
-    values = values | {"parallel": parallel or {}} | changes.pop("more", {})
-    return {"ranks": ranks, "values": values, "output": str(output), **changes}
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +54,8 @@ def runs(tmp_path_factory, tiny_folder):
         "hung": stage(values, folder / "hung", 2, {"layout": "ddp", "timeout_s": 4}, hang=3),
         "lora": stage(values, folder / "lora", 2, zero2, more={"adapter": ADAPTER, "max_steps": 4}),
     }
-    (folder / "stages.json").write_text(json.dumps(list(stages.values())))
-    paths = [str(Path(easyllm.__file__).parents[1]), str(SUPPORT), str(SUPPORT.parent)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SUPPORT / "rank_runs.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ends = json.loads((folder / "codes.json").read_text())
-    return folder, dict(zip(stages, ends, strict=True)), done.stderr
-
-
-def losses(output):
-    return [m["train/loss_nats"] for m in read_metrics(output) if "train/loss_nats" in m]
+    ends, errors = run_stages(folder, stages)
+    return folder, ends, errors
 
 
 def test_all_stages_end_as_planned(runs):

@@ -15,6 +15,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import rl_runs  # noqa: F401 - registers objectives and a reward
 from easyllm.core.config import validate
 from easyllm.train import TrainConfig, loop, train
 from forked_ranks import fork_ranks

@@ -6,16 +6,14 @@ The position is just two integers (epoch and cursor), so a run resumes exactly.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from easyllm.batches.packing import Batch, pack, split_by_tokens
+from easyllm.batches.rank_share import RankShare
 from easyllm.core.errors import ConfigError
 from easyllm.examples.sample import AnySample
-
-if TYPE_CHECKING:
-    from easyllm.batches.rank_share import RankShare
 
 PLANNED_STEPS = 200
 """Steps whose micro-batches are measured before a run, to plan its memory."""
@@ -61,6 +59,8 @@ class StepLoader(Protocol):
     state: Any
     last: list[int]
     """Indices of the samples or rows in the most recent step."""
+    share: RankShare | None
+    """This rank's share of every step; None in a single process."""
     figures: Mapping[str, float]
     """Metrics of the most recent step's data, by the names that they have in `metrics.jsonl`."""
 

@@ -4,8 +4,9 @@ Every rank reads the same step and takes its own share, so that the order of the
 checkpoint stores of it, do not depend on the number of ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from easyllm.batches.packing import split_by_tokens
 
@@ -71,6 +72,33 @@ def balanced(sizes: Sequence[int], parts: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True, slots=True)
+class Ranks:
+    """The data-parallel ranks of a run, for an objective whose loss depends on a whole step.
+
+    Attributes:
+        rank, size: number of this rank, and number of ranks.
+        gather: returns a small value of every rank, in the order of ranks; all must call it.
+    """
+
+    rank: int
+    size: int
+    gather: Callable[[Any], list[Any]]
+
+    def part(self, count: int) -> slice:
+        """Returns this rank's part of `count` items; the parts of all ranks follow each other.
+
+        >>> [Ranks(rank, 2, list).part(5) for rank in range(2)]
+        [slice(0, 2, None), slice(2, 5, None)]
+        """
+        start, stop = (count * n // self.size for n in (self.rank, self.rank + 1))
+        return slice(start, stop)
+
+    def gather_items(self, mine: Sequence[Any]) -> list[Any]:
+        """Returns the items of all ranks, one after another."""
+        return [item for items in self.gather(list(mine)) for item in items]
+
+
+@dataclass(frozen=True, slots=True)
 class _Numbered:
     number: int
     num_tokens: int
@@ -81,4 +109,4 @@ def _split(share: Sequence[int], sizes: Sequence[int], max_tokens: int) -> list[
     return [[item.number for item in group] for group in split_by_tokens(items, max_tokens)]
 
 
-__all__ = ["RankShare", "balanced"]
+__all__ = ["RankShare", "Ranks", "balanced"]

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from easyllm.batches.loader import StepSize
+from easyllm.batches.loader import StepSize, with_fillers
 from easyllm.batches.packing import Batch, pack, split_by_tokens
 from easyllm.core.errors import ConfigError
-from easyllm.rl.experience import Experience, from_json, to_json, with_groups
+from easyllm.rl.experience import Experience, Stored, from_json, to_json, with_groups
 from easyllm.rl.prompts import PromptSample
 from easyllm.rl.rollout import RolloutConfig
 from easyllm.train.objectives import StepSizes
 
 if TYPE_CHECKING:
+    from easyllm.batches.rank_share import RankShare
     from easyllm.core.json_types import JsonObject
 
 
@@ -90,6 +91,7 @@ class RolloutLoader:
         self.prompts, self.sizes, self.rollout = prompts, sizes, rollout
         self.collector, self.batch_size = collector, sizes.batch_size
         self.state = RolloutState()
+        self.share: RankShare | None = None
         self.last: list[int] = []
         self.figures: Mapping[str, float] = {}
 
@@ -133,12 +135,22 @@ class RolloutLoader:
         state.update += 1
         if state.update == self.rollout.num_updates:
             state.samples, state.update = [], 0
-        batches, end = list[Batch](), 0
-        samples = [each.sample for each in answers]
-        for few in split_by_tokens(samples, self.sizes.micro_batch_tokens):
-            batches.append(pack(with_groups(few, answers[end : end + len(few)])))
-            end += len(few)
-        return batches
+        return self._packed(answers)
+
+    def _packed(self, answers: Sequence[Stored]) -> list[Batch]:
+        """Returns this rank's micro-batches of the answers of an update."""
+        samples, most = [each.sample for each in answers], self.sizes.micro_batch_tokens
+        if self.share is not None:
+            groups, fillers = self.share.groups([each.num_tokens for each in samples], most)
+        else:
+            numbers = iter(range(len(samples)))
+            groups = [[next(numbers) for _ in few] for few in split_by_tokens(samples, most)]
+            fillers = 0
+        batches = [
+            pack(with_groups([samples[n] for n in group], [answers[n] for n in group]))
+            for group in groups
+        ]
+        return with_fillers(batches, fillers)
 
     def _roll_out(self) -> None:
         """Answers the next prompts, and stores what is to be learned from."""

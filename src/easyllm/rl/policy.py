@@ -1,6 +1,7 @@
 """The objective that GRPO and PPO share: rollouts, rewards, log-probabilities and the loss."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,6 +59,7 @@ class PolicyObjective(Objective):
 
     loss_is_steady = False
     evaluates_start = True
+    generates_data = True
 
     def __init__(self, config: PolicyConfig) -> None:
         self.config = config
@@ -144,17 +146,35 @@ class PolicyObjective(Objective):
     # ---- rollouts
 
     def answer(self, prompts: Sequence[PromptSample], rollout: int) -> list[Experience]:
-        """Returns the answers to prompts with their rewards, those of a prompt adjacent."""
+        """Returns the answers to prompts with their rewards, those of a prompt adjacent.
+
+        Each rank answers its part of the prompts.
+        """
         assert self._sampler is not None, "the run has started"
         seeds = [prompt_seed(self._seed, rollout, i) for i in range(len(prompts))]
-        answers = self._sampler(prompts, seeds)
+        if self.ranks is None:
+            answers = self._sampler(prompts, seeds)
+        else:
+            mine = self.ranks.part(len(prompts))
+            answers = self.ranks.gather_items(self._sampler(prompts[mine], seeds[mine]))
         experiences = [
             Experience(prompt, each, group=number)
             for number, (prompt, found) in enumerate(zip(prompts, answers, strict=True))
             for each in found
         ]
-        self.rewards.judge(experiences)
+        self._judge(experiences)
         return experiences
+
+    def _judge(self, experiences: list[Experience]) -> None:
+        """Sets the rewards; rank 0 decides, as a reward function may not return the same twice."""
+        if self.ranks is None or self.ranks.rank == 0:
+            self.rewards.judge(experiences)
+        if self.ranks is None:
+            return
+        judged = [(each.score, each.reward, each.is_trained) for each in experiences]
+        found = self.ranks.gather(judged)[0]
+        for each, values in zip(experiences, found, strict=True):
+            each.score, each.reward, each.is_trained = values
 
     def wants_more(
         self,
@@ -178,10 +198,11 @@ class PolicyObjective(Objective):
         if self.needs_old_logprobs:
             assert self._model is not None, "the run has started"
             with self.products():
-                self._store_logprobs(experiences, "old_logprobs", self._model)
+                store = partial(self._store_logprobs, name="old_logprobs", model=self._model)
+                self._store_by_ranks(experiences, "old_logprobs", store)
         figures: dict[str, float] = {}
         if self.reference is not None:
-            self._store_reference(experiences)
+            self._store_by_ranks(experiences, "reference_logprobs", self._store_reference)
         if self.needs_old_logprobs:
             figures |= mismatch_figures(experiences)
         if config.mismatch.correction == "mask":
@@ -214,6 +235,22 @@ class PolicyObjective(Objective):
     def advantages(self, experiences: list[Experience]) -> dict[str, float]:
         """Adds `advantages` to the tokens of each answer; returns metrics."""
         raise NotImplementedError
+
+    def _store_by_ranks(
+        self,
+        experiences: Sequence[Experience],
+        name: str,
+        compute: Callable[[Sequence[Experience]], None],
+    ) -> None:
+        """Calls `compute`, which stores values of answer tokens, on this rank's part of them."""
+        if self.ranks is None:
+            compute(experiences)
+            return
+        mine = experiences[self.ranks.part(len(experiences))]
+        compute(mine)
+        found = self.ranks.gather_items([each.tokens[name] for each in mine])
+        for each, values in zip(experiences, found, strict=True):
+            each.tokens[name] = values
 
     @torch.no_grad()
     def _store_logprobs(self, experiences: Sequence[Experience], name: str, model: Decoder) -> None:

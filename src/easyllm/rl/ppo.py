@@ -47,6 +47,7 @@ class PPO(PolicyObjective):
     """Proximal policy optimisation with a critic."""
 
     config: PPOConfig
+    undivided = "the critic has an optimizer of its own"
 
     def __init__(self, config: PPOConfig) -> None:
         super().__init__(config)

@@ -7,7 +7,7 @@ import torch
 from easyllm.adapters import AdapterSet
 from easyllm.adapters.adapter import Adapter
 from easyllm.adapters.lora import LoRA
-from easyllm.batches.rank_share import RankShare
+from easyllm.batches.rank_share import Ranks, RankShare
 from easyllm.core.device import pick_device
 from easyllm.core.errors import ConfigError
 from easyllm.nn.decoder import Decoder
@@ -17,6 +17,7 @@ from easyllm.parallel.mesh import Mesh, check_degrees, join, world_size
 from easyllm.parallel.parallel import Parallel, parallelize
 from easyllm.parallel.tensor import TensorSharding, shard_tensors
 from easyllm.train.config import TrainConfig
+from easyllm.train.objectives import Objective
 from easyllm.train.optim_config import AdamWConfig, SGDConfig
 from easyllm.train.training_data import TrainingData
 
@@ -124,19 +125,32 @@ def check_division(config: TrainConfig, adapters: AdapterSet | None) -> None:
         )
 
 
-def share_data(data: TrainingData, config: TrainConfig, mesh: Mesh) -> None:
+def share_data(data: TrainingData, config: TrainConfig, mesh: Mesh, objective: Objective) -> None:
     """Gives this rank its share of every step.
 
     Raises:
-        ConfigError: the objective generates its own data, or its loss spans the step.
+        ConfigError: the objective or its layout does not allow it.
     """
-    kind = config.objective.kind
-    if not hasattr(data.loader, "share") or kind == "kto":
-        raise ConfigError(
-            f"objective {kind} is not trained by several processes, because its data or its loss "
-            "depend on the whole step; run it with one process"
-        )
+    if reason := undivided_reason(config, objective):
+        raise ConfigError(reason)
     data.loader.share = RankShare(mesh.data.rank, mesh.data.size)
+    objective.ranks = Ranks(mesh.data.rank, mesh.data.size, mesh.data.gather_values)
+
+
+def undivided_reason(config: TrainConfig, objective: Objective) -> str:
+    """Returns why the layout of a recipe cannot train its objective; empty if it can."""
+    kind, layout = config.objective.kind, config.parallel.layout
+    if objective.undivided:
+        return (
+            f"objective {kind} is not trained by several processes, because {objective.undivided}; "
+            "run it with one process"
+        )
+    if objective.generates_data and layout in FULLY_SHARDED:
+        return (
+            f"objective {kind} samples from the model, but parallel.layout={layout} gives each "
+            "rank a part of its weights; set parallel.layout to ddp, zero1 or zero2"
+        )
+    return ""
 
 
 __all__ = [
@@ -146,4 +160,5 @@ __all__ = [
     "join_ranks",
     "naming_late_ranks",
     "share_data",
+    "undivided_reason",
 ]

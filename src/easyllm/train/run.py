@@ -193,7 +193,7 @@ def prepare(
     context = model.max_seq_len - virtual_tokens(model, config.adapter)
     training_data = load_training_data(config, origin.tokenizer, objective, context=context)
     if mesh is not None:
-        share_data(training_data, config, mesh)
+        share_data(training_data, config, mesh, objective)
     check_samples(config.samples, origin.tokenizer, context=context)
     if config.retention:
         samples = retention_samples(config, origin.tokenizer)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from easyllm.core.errors import EasyllmError
+from easyllm.core.errors import ConfigError, EasyllmError
 from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import Progress
 from easyllm.core.yaml_text import dump_yaml
@@ -24,7 +24,9 @@ from easyllm.parallel.launch import launch
 from easyllm.parallel.tensor import check_tensor_parallel, tensor_degrees
 from easyllm.train.config import TrainConfig
 from easyllm.train.deepspeed import ranks_of_file, with_deepspeed
+from easyllm.train.division import undivided_reason
 from easyllm.train.factories import find_base_model
+from easyllm.train.objectives import build_objective
 from easyllm.verify.planted import Fault
 
 LOSS_BOUND, GRADIENT_BOUND, WEIGHT_BOUND = 1e-5, 1e-5, 1e-3
@@ -95,7 +97,7 @@ def verify_parallel(
         config = with_deepspeed(config, world).model_copy(update={"deepspeed": None})
     small = shortened(config, steps)
     degree, why = _tensor_degree(find_base_model(config).config, small)
-    plans = [{"name": name, "layout": layout, "tensor": 1} for name, layout in LAYOUTS.items()]
+    plans, refused = _plans(small)
     found: list[ParallelFinding] = []
     with Progress("verifying", total=len(plans) + 2, unit="layout") as progress:
         if degree == 2:
@@ -107,9 +109,31 @@ def verify_parallel(
             found += _run(small, [plan], degree, layers, fault)
             progress.advance(1)
     if why:
-        n = math.nan
-        found.append(ParallelFinding("TP 2" if degree else "TP", 0, n, n, n, n, n, None, why))
+        refused["TP 2" if degree else "TP"] = why
+    n = math.nan
+    found += [ParallelFinding(name, 0, n, n, n, n, n, None, why) for name, why in refused.items()]
     return found
+
+
+def _plans(config: TrainConfig) -> tuple[list[JsonObject], dict[str, str]]:
+    """Returns the layouts to run, and why the others cannot train the recipe, by their names.
+
+    Raises:
+        ConfigError: none can.
+    """
+    objective = build_objective(config.objective)
+    plans: list[JsonObject] = []
+    refused: dict[str, str] = {}
+    for name, layout in LAYOUTS.items():
+        parallel = config.parallel.model_copy(update={"layout": layout})
+        reason = undivided_reason(config.model_copy(update={"parallel": parallel}), objective)
+        if reason:
+            refused[name] = reason
+        else:
+            plans.append({"name": name, "layout": layout, "tensor": 1})
+    if not plans:
+        raise ConfigError(next(iter(refused.values())))
+    return plans, refused
 
 
 def shortened(config: TrainConfig, steps: int) -> TrainConfig:

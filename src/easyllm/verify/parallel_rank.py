@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import easyllm.rl.register  # noqa: F401 - the kinds of recipes for reinforcement learning
 from easyllm.adapters import StepInfo
 from easyllm.core.config import validate
 from easyllm.core.json_types import JsonMapping, JsonObject

@@ -110,13 +110,17 @@ class KTO(Objective):
 
     @torch.no_grad()
     def begin_step(self, model: Decoder, batches: Sequence[Batch]) -> None:
-        """Estimates z from the mismatched responses of all micro-batches."""
+        """Estimates z from the mismatched responses of all micro-batches, of all ranks."""
         total, count = 0.0, 0
         with evaluating(model):
             for batch in batches:
                 part = batch.select(_sequences(batch, mismatched=True)).to(model.device)
                 ratios = sequence_logprobs(model, part).sums - reference_sums(self, part)
-                total, count = total + float(ratios.double().sum()), count + len(ratios)
+                if not batch.is_filler:
+                    total, count = total + float(ratios.double().sum()), count + len(ratios)
+        if self.ranks is not None:
+            sums = self.ranks.gather((total, count))
+            total, count = sum(t for t, _ in sums), sum(n for _, n in sums)
         self.kl = max(0.0, total / max(1, count))
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:

@@ -25,6 +25,7 @@ from torch import Tensor
 from easyllm.adapters import AdapterConfig
 from easyllm.batches.loader import Loader, StepLoader, StepSize
 from easyllm.batches.packing import Batch, pack, split_by_tokens
+from easyllm.batches.rank_share import Ranks
 from easyllm.batches.shared_prompts import num_shared_tokens
 from easyllm.core.config import Config
 from easyllm.core.kinds import Kinds
@@ -153,6 +154,9 @@ class Objective:
         generates: whether the trained model generates text, so that a run can show samples.
         also_trained: base modules that are fully trained in addition to an adapter.
         evaluates_start: whether evaluations during a run include one before the first step.
+        undivided: why several processes cannot share its steps; empty if they can.
+        generates_data: whether it samples from the model that is trained, which takes all weights.
+        ranks: the processes that share its steps; None if there is one.
         loss_is_steady: whether a loss far above its running mean is unusual.
         reference: the reference model, set by the run if `needs_reference`.
         cached_reference: summed log-probabilities of sequences under the reference model, by the
@@ -166,6 +170,9 @@ class Objective:
     also_trained: tuple[str, ...] = ()
     loss_is_steady: bool = True
     evaluates_start: bool = False
+    undivided: str = ""
+    generates_data: bool = False
+    ranks: Ranks | None = None
     reference: Reference | None = None
     cached_reference: Mapping[str, float] | None = None
 
