@@ -235,7 +235,7 @@ def test_drafts_that_cannot_work_are_refused_in_one_sentence(
             LLM(model=target, tokenizer=tiny_tokenizer, draft=draft)
     turning = build_tiny(rope_scaling={"rope_type": "dynamic", "factor": 4.0})
     for draft in ("ngram", model):
-        with pytest.raises(ConfigError, match="dynamic NTK rotates keys by the length of a pass"):
+        with pytest.raises(ConfigError, match="LongRoPE rotate keys by the length of a pass"):
             LLM(model=turning, tokenizer=tiny_tokenizer, draft=draft)
     LLM(model=model, tokenizer=tiny_tokenizer, draft=turning)  # a draft model may use dynamic NTK
     with pytest.raises(

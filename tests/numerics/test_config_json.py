@@ -160,7 +160,7 @@ def test_no_key_of_transformers_is_ignored(model_type):
     ("model_type", "changes", "words"),
     [
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
+        ("llama", {"rope_scaling": {"rope_type": "other"}}, "'other'"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "'chunked_attention'"),
         ("qwen2", {"layer_types": ["full_attention"] * 3}, "3 layer_types for 4 layers"),

@@ -10,6 +10,12 @@ from tiny_hf import DEEPSEEK, EXPERTS, LLAMA3, YARN, tiny_hf
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.9],
+    "long_factor": [1.0, 2.5, 4.0, 7.0, 20.0, 40.0],
+}
+
 
 VARIANTS = {
     "gpt2": ("gpt2", {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}),
@@ -91,6 +97,24 @@ VARIANTS = {
     ),
     "phi3": ("phi3", {}),
     "phi3 partial, window": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": 9}),
+    "phi3 longrope, short": (
+        "phi3",
+        {"rope_scaling": LONG, "original_max_position_embeddings": 60},
+    ),
+    "phi3 longrope, long": (
+        "phi3",
+        {"rope_scaling": LONG, "original_max_position_embeddings": 59, "sliding_window": 9},
+    ),
+    "phi3 longrope, partial": (
+        "phi3",
+        {
+            "rope_scaling": LONG
+            | {"short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 2.5, 9.0]}
+            | {"attention_factor": 1.25},
+            "original_max_position_embeddings": 32,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
     "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 9}),
 }
 

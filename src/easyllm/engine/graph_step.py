@@ -22,7 +22,7 @@ from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, LayerConfig, MoEConfig
 from easyllm.nn.context import ForwardContext, RecurrentStep
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.position_config import DynamicNTKScaling, Rope
+from easyllm.nn.position_config import BY_LENGTH, Rope
 from easyllm.nn.rotary import RotaryPosition
 from easyllm.ops.attention_backends import TRITON_PAGES
 from easyllm.ops.attention_rule import AttentionRule
@@ -254,7 +254,7 @@ def _layer_unsupported_reason(
     if not isinstance(config.mixer, AttentionConfig) or keys is None or values is None:
         return config.mixer.kind.replace("_", " ")
     position = config.mixer.position
-    if isinstance(position, Rope) and isinstance(position.scaling, DynamicNTKScaling):
+    if isinstance(position, Rope) and isinstance(position.scaling, BY_LENGTH):
         return "RoPE frequencies that change with the length (dynamic NTK)"
     call = paged_call(keys, values, mixer.rule, dtype, captured=True)
     reason = TRITON_PAGES.unsupported_reason(call)

@@ -20,7 +20,7 @@ from easyllm.nn.config import (
     LinearAttentionConfig,
     ModelConfig,
 )
-from easyllm.nn.position_config import DynamicNTKScaling, Rope
+from easyllm.nn.position_config import BY_LENGTH, Rope
 
 
 class Drafter(Protocol):
@@ -110,21 +110,22 @@ def refuse_length_dependent_keys(target: ModelConfig) -> None:
     A pass over draft tokens is longer than the passes that it replaces, so the output would change.
 
     Raises:
-        ConfigError: the model uses dynamic NTK scaling.
+        ConfigError: the model uses dynamic NTK scaling or LongRoPE.
     """
     if keys_depend_on_length(target):
         raise ConfigError(
-            "speculative decoding verifies several tokens in one pass, and dynamic NTK rotates "
-            "keys by the length of a pass, so the output would change; leave out the draft, or use "
-            "another --rope method"
+            "speculative decoding verifies several tokens in one pass, and dynamic NTK and "
+            "LongRoPE rotate keys by the length of a pass, so the output would change; leave out "
+            "the draft, or use another --rope method"
         )
 
 
 def keys_depend_on_length(config: ModelConfig) -> bool:
-    """Whether rotated keys depend on the length of the pass that computed them (dynamic NTK).
+    """Whether rotated keys depend on the length of the pass that computed them.
 
-    Such keys cannot be reused by a pass of another length.
+    They do in dynamic NTK scaling and in LongRoPE. Such keys cannot be reused by a pass of
+    another length.
     """
     mixers = (layer.mixer for layer in config.layers)
     ropes = [m.position for m in mixers if isinstance(m, AttentionConfig | LatentAttentionConfig)]
-    return any(isinstance(r, Rope) and isinstance(r.scaling, DynamicNTKScaling) for r in ropes)
+    return any(isinstance(r, Rope) and isinstance(r.scaling, BY_LENGTH) for r in ropes)

@@ -17,14 +17,16 @@ from pydantic import (
 from easyllm.core.config import Config
 from easyllm.nn.feed_forward_config import FeedForward, GLUConfig, MLPConfig, MoEConfig
 from easyllm.nn.position_config import (
+    BY_LENGTH,
     BlockRope,
-    DynamicNTKScaling,
     EmbeddingPosition,
     FactorScaling,
+    LongRopeScaling,
     NoPosition,
     Position,
     ReRope,
     Rope,
+    RopeScaling,
     Sinusoidal,
     StreamingRope,
     YarnScaling,
@@ -241,15 +243,25 @@ def check_rotary(position: Config, head_dim: int) -> None:
         if width > head_dim or width % 2:
             raise ValueError(f"rotary_dim={width} must be even and at most head_dim={head_dim}")
         scaling = position.scaling
-        if isinstance(scaling, FactorScaling) and len(scaling.factors) != width // 2:
-            raise ValueError(
-                f"got {len(scaling.factors)} RoPE factors for {width // 2} pairs of dims; "
-                "give one factor per pair"
-            )
+        for factors in _rope_factors(scaling):
+            if len(factors) != width // 2:
+                raise ValueError(
+                    f"got {len(factors)} RoPE factors for {width // 2} pairs of dims; "
+                    "give one factor per pair"
+                )
     if isinstance(position, BlockRope) and head_dim % 4:
         raise ValueError(f"head_dim={head_dim} must be divisible by 4 for block_rope")
     if isinstance(position, ReRope | StreamingRope) and head_dim % 2:
         raise ValueError(f"head_dim={head_dim} must be even for {position.kind}")
+
+
+def _rope_factors(scaling: RopeScaling | None) -> tuple[tuple[float, ...], ...]:
+    """Returns the lists of factors of a scaling that has one for each pair."""
+    if isinstance(scaling, FactorScaling):
+        return (scaling.factors,)
+    if isinstance(scaling, LongRopeScaling):
+        return (scaling.short_factors, scaling.long_factors)
+    return ()
 
 
 Mixer = Annotated[
@@ -375,7 +387,7 @@ class ModelConfig(Config):
         """
         causal = all(layer.mixer.causal for layer in self.layers) and not self.has_prefix
         positions = (getattr(layer.mixer, "position", None) for layer in self.layers)
-        scaled = (isinstance(getattr(p, "scaling", None), DynamicNTKScaling) for p in positions)
+        scaled = (isinstance(getattr(p, "scaling", None), BY_LENGTH) for p in positions)
         return causal and not any(scaled)
 
     @model_validator(mode="after")

@@ -99,10 +99,43 @@ class FactorScaling(Config):
     factors: tuple[PositiveFloat, ...] = Field(description="Divisor of the frequency of each pair.")
 
 
+class LongRopeScaling(Config):
+    """LongRoPE: one factor for each pair, others for long sequences (arXiv 2402.13753).
+
+    A sequence of more than `original_max_seq_len` tokens has the long factors. Cached keys keep the
+    factors they were rotated with (as in HF), so decoding across that length differs from a single
+    forward pass.
+    """
+
+    kind: Literal["longrope"] = "longrope"
+    short_factors: tuple[PositiveFloat, ...] = Field(
+        description="Divisor of the frequency of each pair in a sequence up to the original length."
+    )
+    long_factors: tuple[PositiveFloat, ...] = Field(
+        description="Divisor of the frequency of each pair in a longer sequence."
+    )
+    factor: PositiveFloat = Field(description="Extension factor s of the context length.")
+    original_max_seq_len: Annotated[int, Field(gt=1)] = Field(
+        description="Maximum sequence length L in pretraining, in tokens."
+    )
+    attention_factor: PositiveFloat | None = Field(
+        default=None,
+        description="Factor on cos and sin; null is √(1 + ln s / ln L), from s = 1 on.",
+    )
+
+
 RopeScaling = Annotated[
-    LinearScaling | NTKScaling | DynamicNTKScaling | YarnScaling | Llama3Scaling | FactorScaling,
+    LinearScaling
+    | NTKScaling
+    | DynamicNTKScaling
+    | YarnScaling
+    | Llama3Scaling
+    | FactorScaling
+    | LongRopeScaling,
     Field(discriminator="kind"),
 ]
+BY_LENGTH = (DynamicNTKScaling, LongRopeScaling)
+"""Scalings that depend on the length of a sequence."""
 
 
 class Rope(Config):

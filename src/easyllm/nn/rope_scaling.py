@@ -10,6 +10,7 @@ from easyllm.nn.position_config import (
     FactorScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     NTKScaling,
     Rope,
     YarnScaling,
@@ -22,10 +23,10 @@ def rope_frequencies(rope: Rope, width: int, length: int) -> tuple[Tensor, float
     Args:
         rope: base and scaling.
         width: number of rotated dims of a head.
-        length: number of tokens of the longest sequence (for dynamic NTK).
+        length: number of tokens of the longest sequence (for dynamic NTK and LongRoPE).
 
     Returns:
-        [width/2] fp32 radians per token; the factor, which is 1 except for YaRN.
+        [width/2] fp32 radians per token; the factor, which is 1 except for YaRN and LongRoPE.
     """
     scaling = rope.scaling
     match scaling:
@@ -46,6 +47,10 @@ def rope_frequencies(rope: Rope, width: int, length: int) -> tuple[Tensor, float
             return llama3_frequencies(rope.theta, width, scaling), 1.0
         case FactorScaling():
             return frequencies(rope.theta, width) / torch.tensor(scaling.factors), 1.0
+        case LongRopeScaling():
+            long = length > scaling.original_max_seq_len
+            factors = torch.tensor(scaling.long_factors if long else scaling.short_factors)
+            return frequencies(rope.theta, width) / factors, longrope_attention_factor(scaling)
 
 
 def frequencies(theta: float, width: int) -> Tensor:
@@ -78,6 +83,14 @@ def yarn_attention_factor(scaling: YarnScaling) -> float:
 def yarn_mscale(factor: float, weight: float) -> float:
     """Returns 0.1 m ln(factor) + 1, YaRN's scale of attention with DeepSeek's weight m."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def longrope_attention_factor(scaling: LongRopeScaling) -> float:
+    """Returns √(1 + ln s / ln L) (arXiv 2402.13753, section 3.3), or the configured factor."""
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    grown = math.log(max(scaling.factor, 1.0)) / math.log(scaling.original_max_seq_len)
+    return math.sqrt(1 + grown)
 
 
 def yarn_frequencies(theta: float, width: int, scaling: YarnScaling) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.cost import FP32, Activation, CostTrace, Scores
-from easyllm.nn.position_config import BlockRope, DynamicNTKScaling, Rope
+from easyllm.nn.position_config import BY_LENGTH, BlockRope, Rope
 from easyllm.nn.rope_scaling import frequencies, rope_frequencies
 from easyllm.ops.attention_rule import ScoreTerms
 from easyllm.ops.rotary import apply_rotary
@@ -82,11 +82,11 @@ class RotaryPosition(PositionCost, nn.Module):
         return {(self.config, self.width): self.width}
 
     def tables(self, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """Returns cos and sin of all angles, both [T, d/2] fp32, with YaRN's attention scaling."""
+        """Returns cos and sin of all angles, both [T, d/2] fp32, with the scaling's factor."""
         positions = context.positions
-        if isinstance(self.config.scaling, DynamicNTKScaling):
+        if isinstance(self.config.scaling, BY_LENGTH) and context.lengths:
             parts = [self._angles(part) for part in positions.split(context.lengths)]
-            angles, factor = torch.cat([part for part, _ in parts]), 1.0
+            angles, factor = torch.cat([part for part, _ in parts]), parts[0][1]
         else:
             angles, factor = self._angles(positions)
         return angles.cos() * factor, angles.sin() * factor

@@ -259,8 +259,8 @@ def test_an_unknown_model_type_lists_the_known_ones_and_says_that_no_code_is_run
     [
         ({"hidden_size": ...}, "config.json has no 'hidden_size'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', which is not implemented"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "RoPE scaling 'longrope'"),
-        ({"rope_parameters": {"rope_type": "su", "rope_theta": 5.0}}, "RoPE scaling 'su'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "no 'short_factor' in its rope_scaling"),
+        ({"rope_parameters": {"rope_type": "other", "rope_theta": 5.0}}, "RoPE scaling 'other'"),
         (
             {"rope_scaling": {"rope_type": "yarn"}},
             "config.json has no 'factor' in its rope_scaling",

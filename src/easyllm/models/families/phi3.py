@@ -1,6 +1,7 @@
 """Phi-3: Llama with queries, keys and values in one tensor, and gate and up projections in another.
 
-Its long-context variants (RoPE scaling `longrope`) are refused.
+Its long-context variants have LongRoPE: factors for each pair of dims, and others for sequences
+beyond the original length.
 """
 
 from easyllm.checkpoint.keymap import Fused, KeyMap
@@ -10,6 +11,7 @@ from easyllm.models.families.family import (
     Family,
     HFConfig,
     dense_layer,
+    expect_part,
     llama_keymap,
     read_attention,
     read_glu,
@@ -23,6 +25,7 @@ from easyllm.models.families.gguf_layout import LLAMA_NAMES, GGUFLayout, GGUFMet
 from easyllm.models.families.gguf_write import write_llama
 from easyllm.models.families.rope_config import read_rope
 from easyllm.nn.config import ModelConfig
+from easyllm.nn.position_config import LongRopeScaling, Rope
 
 _DEFAULTS = {
     "max_position_embeddings": 4096,
@@ -48,9 +51,13 @@ def read_config(hf: HFConfig) -> ModelConfig:
 def write_config(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` values of a Phi-3 model."""
     mixer, _ = dense_layer(config)
+    scaling = expect_part(mixer.position, Rope).scaling
+    original = config.max_seq_len
+    if isinstance(scaling, LongRopeScaling):
+        original = scaling.original_max_seq_len
     return write_dense_model(config, model_type="phi3", architecture="Phi3ForCausalLM") | {
         "sliding_window": mixer.window,
-        "original_max_position_embeddings": config.max_seq_len,
+        "original_max_position_embeddings": original,
     }
 
 

@@ -10,6 +10,7 @@ from easyllm.nn.position_config import (
     FactorScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     NTKScaling,
     Rope,
     RopeScaling,
@@ -18,7 +19,7 @@ from easyllm.nn.position_config import (
 from easyllm.nn.rope_scaling import yarn_mscale
 
 _LENGTH = "original_max_position_embeddings"
-KNOWN = ("default", "linear", "ntk", "dynamic", "yarn", "llama3")
+KNOWN = ("default", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope")
 
 
 def read_rope(
@@ -83,6 +84,8 @@ def _read_scaling(values: JsonMapping, config: JsonMapping) -> RopeScaling | Non
                 high_freq_factor=_need(values, "high_freq_factor"),
                 original_max_seq_len=length,
             )
+        case "longrope" | "su":
+            return _read_longrope(values, length, config)
         case "factors":
             return FactorScaling(factors=tuple(_need(values, "factors")))
     raise CheckpointError(
@@ -108,6 +111,19 @@ def _read_yarn(values: JsonMapping, length: object, config: JsonMapping) -> Yarn
     if over and under and "attention_factor" not in given:
         given["attention_factor"] = yarn_mscale(factor, over) / yarn_mscale(factor, under)
     return YarnScaling(factor=factor, original_max_seq_len=length, **given)
+
+
+def _read_longrope(values: JsonMapping, length: object, config: JsonMapping) -> LongRopeScaling:
+    """Reads LongRoPE; a missing factor is the ratio of the maximum to the original length."""
+    given = _need({**config, _LENGTH: length}, _LENGTH)
+    factor = values.get("factor") or config.get("max_position_embeddings", given) / given
+    return LongRopeScaling(
+        short_factors=tuple(_need(values, "short_factor")),
+        long_factors=tuple(_need(values, "long_factor")),
+        factor=factor,
+        original_max_seq_len=given,
+        attention_factor=values.get("attention_factor"),
+    )
 
 
 def _need(values: JsonMapping, key: str) -> Json:
@@ -155,5 +171,8 @@ def write_rope(rope: Rope, head_dim: int) -> JsonObject:
             del values["original_max_seq_len"]  # written as `max_position_embeddings`
         elif "original_max_seq_len" in values:
             values[_LENGTH] = values.pop("original_max_seq_len")
+        for name in ("short_factor", "long_factor"):
+            if f"{name}s" in values:
+                values[name] = list(values.pop(f"{name}s"))
         written["rope_scaling"] = values
     return written
