@@ -24,12 +24,14 @@ SIZES = {
     "num_attention_heads": 32,
 }
 GPT2_SIZES = {"vocab_size": 211, "n_embd": 64, "n_layer": 2, "n_head": 4}
+T5_SIZES = {"vocab_size": 211, "d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 
 
 def sizes_of(model_type):
     """Returns the keys that a `config.json` must contain: the sizes of its tensors."""
     more = {"num_experts_per_tok": 4} if model_type == "deepseek_v2" else {}  # it has no default
-    return {"model_type": model_type} | (GPT2_SIZES if model_type == "gpt2" else SIZES | more)
+    own = {"gpt2": GPT2_SIZES, "t5": T5_SIZES}
+    return {"model_type": model_type} | own.get(model_type, SIZES | more)
 
 
 def written_by_hf(values):
@@ -101,7 +103,16 @@ NEUTRAL_FOR_DEEPSEEK = {
     "n_group": "without groups",
     "topk_group": "without groups",
 }
+NEUTRAL_FOR_T5 = {
+    "dropout_rate": "in training",
+    "classifier_dropout": "in training",
+    "initializer_factor": "of fresh weights",
+    "dense_act_fn": "a part of feed_forward_proj",
+    "is_gated_act": "a part of feed_forward_proj",
+    "is_decoder": "a stack of the two",
+}
 OTHER_VALUES = {
+    "feed_forward_proj": "gated-gelu",
     "hidden_act": "relu",
     "hidden_activation": "gelu",
     "activation_function": "relu",
@@ -149,6 +160,7 @@ def test_no_key_of_transformers_is_ignored(model_type):
             refused.append((key, str(error)))
     allowed = NEUTRAL.keys() | ({"intermediate_size"} if "moe" in model_type else set())
     allowed |= NEUTRAL_FOR_DEEPSEEK.keys() if model_type.startswith("deepseek") else set()
+    allowed |= NEUTRAL_FOR_T5.keys() if model_type == "t5" else set()
     assert set(ignored) <= allowed
     unnamed = [
         (key, reason) for key, reason in refused if key not in reason and "num_" not in reason

@@ -137,4 +137,4 @@ def test_logits_equal_transformers_and_the_saved_folder_loads_there(variant, tmp
 def test_every_family_has_a_variant():
     ours_alone = {"easyllm", "baichuan", "chatglm", "chatglm2", "glm_blocks", "internlm2", "yi"}
     names = {kind.removesuffix("_text") for kind, _ in VARIANTS.values()}
-    assert names == set(FAMILIES) - ours_alone
+    assert names == set(FAMILIES) - ours_alone - {"t5"}  # see test_encoder_decoder

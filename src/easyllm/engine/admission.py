@@ -7,12 +7,22 @@ from easyllm.engine.scheduler import Scheduler
 from easyllm.nn.config import ModelConfig
 
 
-def check_generates(config: ModelConfig) -> None:
+def check_generates(config: ModelConfig, *, prompt_rows: bool = False) -> None:
     """Refuses models that cannot generate text.
 
+    Args:
+        config: model configuration.
+        prompt_rows: whether the log-probabilities of the prompt are wanted, too.
+
     Raises:
-        ConfigError: the model has a classification head or a layer that is not causal.
+        ConfigError: the model has a classification head or a layer that is not causal, or its
+            encoder reads the prompt, which then has no log-probabilities.
     """
+    if prompt_rows and config.encoder is not None:
+        raise ConfigError(
+            "an encoder–decoder has no log-probabilities of a prompt, which its encoder reads; "
+            "leave out prompt_logprobs"
+        ).about("prompt_logprobs")
     if config.num_labels is not None:
         raise ConfigError(
             "a model with a classification head generates no tokens; use a language model"

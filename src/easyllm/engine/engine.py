@@ -87,6 +87,7 @@ class Engine:
             drafter.check(config)
         first = config.vocab_size  # ids of virtual tokens follow those of the vocabulary
         self._virtual = tuple(range(first, first + model.num_virtual_tokens))
+        self._start = () if config.encoder is None else (config.encoder.start_token_id,)
         self.drafter, self._runner = drafter, runner
         whole = config.has_prefix or keys_depend_on_length(config)
         self.pool = PagePool(
@@ -153,6 +154,7 @@ class Engine:
         limit = self.check_prompt(request.prompt_ids, params.max_tokens)
         check_ids("logit_bias", params.logit_bias, self.model.config.vocab_size)
         check_ids("stop_token_ids", params.stop_token_ids, self.model.config.vocab_size)
+        check_generates(self.model.config, prompt_rows=params.prompt_logprobs is not None)
         copies = params.num_sequences
         if copies > self.scheduler.max_running:
             raise ConfigError(
@@ -199,8 +201,11 @@ class Engine:
         return self._adapters.names
 
     def prepend_virtual_tokens(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the prompt's ids, preceded by those of the virtual tokens of the adapter."""
-        return (*self._virtual, *prompt_ids)
+        """Returns the prompt's ids, preceded by those of the virtual tokens of the adapter.
+
+        In an encoder–decoder the token with which the decoder starts follows them.
+        """
+        return (*self._virtual, *prompt_ids, *self._start)
 
     def has_started(self, request_id: int) -> bool:
         """Whether a request has left the queue at least once, or is not here any more."""
@@ -300,7 +305,7 @@ class Engine:
         """
         check_generates(self.model.config)
         self.check_tokens(prompt_ids)
-        length = len(prompt_ids) + len(self._virtual)
+        length = len(prompt_ids) + len(self._virtual) + len(self._start)
         return bound_new_tokens(length, max_tokens, self.max_seq_len, self.scheduler)
 
     def check_tokens(self, prompt_ids: Collection[int]) -> None:

@@ -87,6 +87,8 @@ class GraphStep:
             return f"its weights are quantized ({', '.join(sorted(packed))})"
         if model.is_adapted:
             return "it has adapters; merge them"
+        if model.config.encoder is not None:
+            return "it has an encoder"
         if cache.spare_page is None:
             return "its cache has no spare page"
         for number, layer in enumerate(model.layers):

@@ -60,7 +60,9 @@ class KVCache:
         for layer in config.layers:
             mixer, keys, values = layer.mixer, None, None
             pages = num_pages + (self.spare_page is not None)
-            if isinstance(mixer, AttentionConfig):
+            if config.encoder is not None:
+                pass  # keys and values are states of sequences (`nn/encoder_decoder`)
+            elif isinstance(mixer, AttentionConfig):
                 shape = (pages, mixer.num_kv_heads, page_size, mixer.head_dim)
                 keys, values = (new_pages(shape, dtype, device) for _ in "kv")
             elif isinstance(mixer, LatentAttentionConfig):

@@ -37,6 +37,8 @@ def unsupported_reason(
             "it needs inference mode, a CPU, weights of fp32 or bf16 (or quantized) and a C "
             "compiler"
         )
+    if model.config.encoder is not None:
+        return "it has an encoder"
     if model.model_adapter is not None or not all(
         _adapter_is_supported(holder) for _, holder in model.weight_modules()
     ):

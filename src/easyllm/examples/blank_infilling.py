@@ -11,7 +11,7 @@ itself in both directions, a span the text and the spans before it: the mask of 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import exp, lgamma, log
@@ -196,8 +196,35 @@ def prepare_blanks(
         ConfigError: the tokenizer lacks a token.
         DataError: a row has no text (the message gives its location), or none remains.
     """
-    tokens, stats, rng = BlankTokens.of(tokenizer), PreparationStats(), Random(mixture.seed)
-    samples = list[Sample]()
+    tokens, rng = BlankTokens.of(tokenizer), Random(mixture.seed)
+
+    def corrupted(ids: Sequence[int], ends: Sequence[int]) -> list[Sample]:
+        return [_corrupted(ids, ends, mixture, tokens, rng) for _ in range(mixture.copies)]
+
+    return prepare_texts(files, tokenizer, corrupted, text_key=text_key, max_seq_len=max_seq_len)
+
+
+def prepare_texts(
+    files: Iterable[Path],
+    tokenizer: Tokenizer,
+    corrupted: Callable[[Sequence[int], Sequence[int]], list[Sample]],
+    *,
+    text_key: str,
+    max_seq_len: int,
+) -> tuple[list[Sample], PreparationStats]:
+    """Prepares samples of the texts of rows; longer texts are split.
+
+    Args:
+        files: JSONL and other files of rows.
+        tokenizer: the tokenizer.
+        corrupted: returns samples of a text, given its token ids and the ends of its sentences.
+        text_key: the key of the text in a row.
+        max_seq_len: longest sample, in tokens; longer ones are dropped.
+
+    Raises:
+        DataError: a row has no text (the message gives its location), or none remains.
+    """
+    stats, samples = PreparationStats(), list[Sample]()
     for file in files:
         for row in read_rows(file):
             text = row.values.get(text_key)
@@ -208,7 +235,7 @@ def prepare_blanks(
                 )
             stats.rows += 1
             for ids, ends in _pieces(text, tokenizer, max_seq_len):
-                made = [_corrupted(ids, ends, mixture, tokens, rng) for _ in range(mixture.copies)]
+                made = corrupted(ids, ends)
                 fits = [sample for sample in made if len(sample.token_ids) <= max_seq_len]
                 stats.dropped_overlong += len(made) - len(fits)
                 samples += fits
@@ -263,5 +290,6 @@ __all__ = [
     "infilled",
     "poisson_spans",
     "prepare_blanks",
+    "prepare_texts",
     "sentence_spans",
 ]

@@ -28,6 +28,7 @@ from easyllm.models.sources import locate
 from easyllm.models.weight_cache import CachedWeights
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.encoder_decoder import build_model
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.storage import PackedStorage
 from easyllm.quant import (
@@ -335,7 +336,7 @@ class OpenSource:
     def skeleton(self) -> Decoder:
         """Builds the model on the meta device, without weights."""
         with torch.device("meta"):
-            return Decoder(self.config)
+            return build_model(self.config)
 
 
 def open_source(source: str | Path, *, context: ContextConfig | None = None) -> OpenSource:

@@ -16,6 +16,7 @@ from easyllm.models.families.family import read_token_ids
 from easyllm.models.hf_config import read_config
 from easyllm.nn.config import LatentAttentionConfig, ModelConfig
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.encoder_decoder import build_model
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 HEAD_DIM = 64
@@ -124,7 +125,7 @@ def build_scratch(config: ModelConfig, *, seed: int, dtype: torch.dtype = torch.
         >>> config = scratch_model_config(scratch, tokenizer)         # doctest: +SKIP
         >>> model = build_scratch(config, seed=0)                     # doctest: +SKIP
     """
-    model = Decoder(config)
+    model = build_model(config)
     generator = torch.Generator().manual_seed(seed)
     model.reset_parameters(std=INITIAL_STD, generator=generator)
     return model.to(dtype).requires_grad_(False).eval()

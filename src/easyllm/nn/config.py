@@ -16,6 +16,7 @@ from pydantic import (
 
 from easyllm.core.config import Config
 from easyllm.nn.feed_forward_config import FeedForward, GLUConfig, MLPConfig, MoEConfig
+from easyllm.nn.norm_config import LayerNormConfig, Norm, PartialRMSNormConfig, RMSNormConfig
 from easyllm.nn.position_config import (
     BY_LENGTH,
     BlockRope,
@@ -31,41 +32,6 @@ from easyllm.nn.position_config import (
     StreamingRope,
     YarnScaling,
 )
-
-# ---- norms
-
-
-class RMSNormConfig(Config):
-    """RMSNorm: x / √(mean(x²) + eps) ⊙ weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-
-    kind: Literal["rms_norm"] = "rms_norm"
-    eps: PositiveFloat = Field(default=1e-5, description="ε, added to the mean square.")
-    unit_offset: bool = Field(
-        default=False, description="Whether the stored weight is the difference from 1 (Gemma)."
-    )
-
-
-class PartialRMSNormConfig(Config):
-    """pRMSNorm: RMSNorm with the mean square of the first dims alone (arXiv 1910.07467, 4.2)."""
-
-    kind: Literal["partial_rms_norm"] = "partial_rms_norm"
-    eps: PositiveFloat = Field(default=1e-5, description="ε, added to the mean square.")
-    share: float = Field(
-        default=0.0625, gt=0, le=1, description="Share p of the dims in the mean square."
-    )
-
-
-class LayerNormConfig(Config):
-    """LayerNorm: (x - mean) / √(var + eps) ⊙ weight + bias (Ba et al. 2016, arXiv 1607.06450)."""
-
-    kind: Literal["layer_norm"] = "layer_norm"
-    eps: PositiveFloat = Field(default=1e-5, description="ε, added to the variance.")
-    bias: bool = Field(default=True, description="Whether a learned bias is added.")
-
-
-Norm = Annotated[
-    RMSNormConfig | PartialRMSNormConfig | LayerNormConfig, Field(discriminator="kind")
-]
 
 # ---- mixers
 
@@ -298,8 +264,24 @@ class LayerConfig(Config):
         return self
 
 
+class EncoderConfig(Config):
+    """The encoder of an encoder–decoder, whose output all layers of the decoder attend to (T5)."""
+
+    layers: tuple[LayerConfig, ...] = Field(
+        min_length=1, description="The layers of the encoder; their attention is bidirectional."
+    )
+    start_token_id: NonNegativeInt = Field(
+        default=0, description="The token after a prompt, with which the decoder starts."
+    )
+    hidden_scale: PositiveFloat = Field(
+        default=1.0,
+        description="Factor on the decoder's output in front of the head (T5 with tied embeddings: "
+        "1/√D).",
+    )
+
+
 class ModelConfig(Config):
-    """A complete decoder."""
+    """A complete decoder, or an encoder–decoder."""
 
     family: str = Field(
         description="Model family, which defines how the Hugging Face layout is read and written."
@@ -350,6 +332,11 @@ class ModelConfig(Config):
         "both directions (`prefix`: arXiv 1905.03197), all but the last in `prefix_before_last` "
         "(GLM: arXiv 2103.10360).",
     )
+    encoder: EncoderConfig | None = Field(
+        default=None,
+        description="Encoder that reads the prompt; `layers` are then those of the decoder, each "
+        "with a second attention to the encoder's output. Null for a decoder alone.",
+    )
     bos_token_id: int | None = Field(default=None, description="Id of BOS; null for none.")
     eos_token_ids: tuple[int, ...] = Field(default=(), description="Ids that end a generation.")
     pad_token_id: int | None = Field(default=None, description="Id of PAD; null for none.")
@@ -390,6 +377,21 @@ class ModelConfig(Config):
         scaled = (isinstance(getattr(p, "scaling", None), BY_LENGTH) for p in positions)
         return causal and not any(scaled)
 
+    def _check_encoder(self, encoder: EncoderConfig) -> None:
+        if self.prompt_mask != "prefix_before_last":
+            raise ValueError(
+                f"an encoder reads all of a prompt but its last token, with which the decoder "
+                f"starts; set prompt_mask to prefix_before_last, got {self.prompt_mask}"
+            )
+        both = (*encoder.layers, *self.layers)
+        if not all(map(_relative, both)) or not isinstance(self.embedding_position, NoPosition):
+            raise ValueError(
+                "an encoder–decoder needs pre-norm layers of attention with positions t5_bias, "
+                "alibi or none in both stacks, and none at the embedding"
+            )
+        if any(layer.mixer.causal for layer in encoder.layers):
+            raise ValueError("the encoder sees a prompt in both directions; set causal to false")
+
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":
         if isinstance(self.embedding_position, Sinusoidal) and self.hidden_size % 2:
@@ -402,6 +404,8 @@ class ModelConfig(Config):
                 f"prompt_mask={self.prompt_mask} needs softmax attention in all layers, but some "
                 "have linear attention; set prompt_mask to causal or change the mixers"
             )
+        if self.encoder is not None:
+            self._check_encoder(self.encoder)
         if self.normalise_head and self.tie_embeddings:
             raise ValueError(
                 "normalise_head scales the rows of a separate output head; set tie_embeddings to "
@@ -410,8 +414,16 @@ class ModelConfig(Config):
         return self
 
 
+def _relative(layer: LayerConfig) -> bool:
+    """Whether a layer attends by distance alone, so that a text may start anywhere."""
+    mixer = layer.mixer
+    plain = isinstance(mixer, AttentionConfig) and layer.norm_placement == "pre"
+    return plain and mixer.position.kind in ("t5_bias", "alibi", "none")
+
+
 __all__ = [
     "AttentionConfig",
+    "EncoderConfig",
     "FeedForward",
     "GLUConfig",
     "LatentAttentionConfig",

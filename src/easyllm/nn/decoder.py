@@ -35,6 +35,7 @@ from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.linear_attention import LinearAttention
 from easyllm.nn.norm import Scale, build_norm, sum_and_norm
 from easyllm.nn.norm_head import NormHead
+from easyllm.nn.position import T5Position
 from easyllm.nn.storage import DenseWeight
 from easyllm.nn.virtual_tokens import ModelAdapter, VirtualTokens, prepend_virtual_tokens
 
@@ -154,6 +155,14 @@ def terms(after: nn.Module, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor | 
     return (x, added) if isinstance(after, nn.Identity) else (after(x + added), None)
 
 
+def share_tables(layers: nn.ModuleList) -> None:
+    """Makes layers whose T5 bias is shared use the table of the first one."""
+    positions = [getattr(layer.mixer, "position", None) for layer in layers]
+    shared = [p for p in positions if isinstance(p, T5Position) and p.config.shared]
+    for position in shared[1:]:
+        position.share(shared[0])
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer built from a `ModelConfig`.
 
@@ -174,6 +183,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(layer, config, number) for number, layer in enumerate(config.layers)
         )
+        share_tables(self.layers)
         self.norm = (
             build_norm(config.norm, config.hidden_size) if config.final_norm else nn.Identity()
         )

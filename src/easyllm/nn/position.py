@@ -72,8 +72,22 @@ class T5Position(NoRotation):
     def __init__(self, config: T5Bias, num_heads: int, *, causal: bool) -> None:
         super().__init__()
         self.config, self.bidirectional = config, not causal
-        self.bias_table = nn.Parameter(torch.empty(config.num_buckets, num_heads))
+        self.bias_table: nn.Parameter | None = nn.Parameter(
+            torch.empty(config.num_buckets, num_heads)
+        )
+        self._first: tuple[T5Position, ...] = ()  # not a submodule: the table has one name
         self.terms = ScoreTerms(bias=self.bias)
+
+    def share(self, first: "T5Position") -> None:
+        """Uses the table of another layer from now on."""
+        self._first, self.bias_table = (first,), None
+
+    @property
+    def table(self) -> Tensor:
+        """The biases, [num_buckets, num_heads]."""
+        table = self._first[0].bias_table if self._first else self.bias_table
+        assert table is not None, "the layer whose table is shared has it"
+        return table
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:
         """Returns the bias [H, Tq, Tk] for query positions [Tq] and key positions [Tk]."""
@@ -84,7 +98,7 @@ class T5Position(NoRotation):
             num_buckets=self.config.num_buckets,
             max_distance=self.config.max_distance,
         )
-        return F.embedding(buckets, self.bias_table).permute(2, 0, 1)
+        return F.embedding(buckets, self.table).permute(2, 0, 1)
 
     def keep_scores(self, trace: CostTrace, scores: Scores) -> None:  # noqa: ARG002 - interface
         """Records the bucket of each pair."""
@@ -92,7 +106,8 @@ class T5Position(NoRotation):
 
     def reset_parameters(self) -> None:
         """Initialises the biases from N(0, 0.02²)."""
-        nn.init.normal_(self.bias_table, std=0.02)
+        if self.bias_table is not None:
+            nn.init.normal_(self.bias_table, std=0.02)
 
 
 def t5_buckets(

@@ -225,6 +225,10 @@ class T5Bias(Config):
         default=128,
         description="Distance, in tokens, from which all distances share the last bucket.",
     )
+    shared: bool = Field(
+        default=False,
+        description="Whether the layers of a stack share the table of the first one (T5).",
+    )
 
 
 class Shaw(Config):

@@ -36,7 +36,7 @@ def cache_size(
         itemsize: bytes per element: 2 for bf16 and fp16, 1 for int8, 0.5 for int4.
     """
     per_token, state = 0, 0
-    for layer in layers_of(config):
+    for layer in layers_of(config)[-config.num_layers :]:  # an encoder has no cache
         mixer = mixer_of(layer)
         per_token += mixer.cache_elements()
         state += mixer.state_bytes()

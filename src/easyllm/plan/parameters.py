@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from easyllm.nn.config import ModelConfig
+from easyllm.nn.decoder import DecoderLayer
 from easyllm.nn.moe import ROUTERS
-from easyllm.plan.parts import inactive_experts, layers_of, outside_of
+from easyllm.nn.position import T5Position
+from easyllm.plan.parts import inactive_experts, layers_of, mixer_of, outside_of
+
+_TABLE = "mixer.position.bias_table"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +60,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     layers = Counter[str]()
     for layer, copies in Counter(layers_of(config)).items():
         for name, parameter in layer.named_parameters():
-            layers[_component(name)] += copies * parameter.numel()
+            times = 1 if name == _TABLE and _is_shared(layer) else copies
+            layers[_component(name)] += times * parameter.numel()
             if name.startswith("feed_forward.experts.0."):
                 layers["inactive"] += copies * inactive_experts(layer) * parameter.numel()
     return ParameterCount(
@@ -64,15 +69,21 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         attention=layers["attention"],
         feed_forward=layers["feed_forward"],
         router=layers["router"],
-        norm=layers["norm"] + _count(first) + _count(last),
+        norm=layers["norm"] + _count(first) + (1 + (config.encoder is not None)) * _count(last),
         head=_head(config),
         inactive=layers["inactive"],
     )
 
 
+def _is_shared(layer: DecoderLayer) -> bool:
+    """Whether the layers of a stack share the table of a layer's T5 bias."""
+    position = mixer_of(layer).position
+    return isinstance(position, T5Position) and position.config.shared
+
+
 def _component(name: str) -> str:
     """Returns the component that a layer's parameter belongs to."""
-    if name.startswith("mixer."):
+    if name.startswith(("mixer.", "cross.")):
         return "attention"
     if name.startswith("feed_forward."):
         return "router" if name.split(".")[1] in ROUTERS else "feed_forward"

@@ -14,6 +14,7 @@ from torch import nn
 from easyllm.nn.config import LayerConfig, ModelConfig
 from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.embedding_position import build_embedding_position
+from easyllm.nn.encoder_decoder import CrossLayer, build_model
 from easyllm.nn.linear import Linear
 from easyllm.nn.norm import build_norm
 from easyllm.nn.rotary import PositionCost
@@ -90,8 +91,16 @@ def _layers_of(
     with torch.device("meta"):
         for number, key in enumerate(keys):
             if key not in found:
-                found[key] = _adapted(DecoderLayer(key[0], config, number), number, adapter)
-    return tuple(found[key] for key in keys)
+                kind = DecoderLayer if config.encoder is None else CrossLayer
+                found[key] = _adapted(kind(key[0], config, number), number, adapter)
+        stack = encoder_layers(config)
+        encoder = {each: DecoderLayer(each, config, 0) for each in dict.fromkeys(stack)}
+    return (*(encoder[each] for each in stack), *(found[key] for key in keys))
+
+
+def encoder_layers(config: ModelConfig) -> tuple[LayerConfig, ...]:
+    """Returns the layers of the encoder of an encoder–decoder; they are in front of the others."""
+    return () if config.encoder is None else config.encoder.layers
 
 
 def _adapted(layer: DecoderLayer, number: int, adapter: "AdapterConfig | None") -> DecoderLayer:
@@ -179,7 +188,7 @@ def _trained_base_parameters(
 def _model_of(config: ModelConfig) -> Decoder:
     """Builds the model on the meta device; its callers only read names and shapes."""
     with torch.device("meta"):
-        return Decoder(config)
+        return build_model(config)
 
 
 def adapts_head(config: ModelConfig, adapter: "AdapterConfig | None") -> bool:

@@ -15,6 +15,7 @@ from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import console, format_count, format_duration
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.encoder_decoder import build_model as build_decoder
 from easyllm.ops.huge_memory import STEP_BUFFERS
 from easyllm.plan.calibration import read_calibration
 from easyllm.plan.compute import USUAL_MFU, estimate_time, training_flops
@@ -185,7 +186,7 @@ def planned_model(
 def empty_model(config: TrainConfig, origin: BaseModelSource, objective: Objective) -> Decoder:
     """Returns the model to train on the device `meta`, without values and without adapters."""
     with torch.device("meta"):
-        return objective.prepare_model(Decoder(origin.config), seed=config.seed)
+        return objective.prepare_model(build_decoder(origin.config), seed=config.seed)
 
 
 def preflight(
@@ -383,7 +384,7 @@ def check_model(config: TrainConfig, origin: BaseModelSource, objective: Objecti
         ConfigError, CheckpointError: the run itself would reject one of them.
     """
     with torch.device("meta"):
-        empty = Decoder(origin.config)
+        empty = build_decoder(origin.config)
     origin.check(empty)
     if origin.packed is not None:
         name = origin.packed.name

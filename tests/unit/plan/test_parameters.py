@@ -5,7 +5,7 @@ import torch
 
 from easyllm.adapters import LoRAConfig
 from easyllm.models.families import FAMILIES, family_of
-from easyllm.nn import Decoder
+from easyllm.nn import build_model
 from easyllm.plan import count_parameters
 from easyllm.plan.parts import count_adapter_parameters
 from tiny_models import tiny_config
@@ -30,6 +30,9 @@ PUBLISHED = {
     "llama-33b": 32_528_943_616,
     "llama-65b": 65_285_660_672,
     "gpt2": 124_439_808,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "flan-t5-small": 76_961_152,
     "gpt3-175b": 174_604_259_328,
     "smollm2-135m": 134_515_008,
     "tinyllama-1.1b": 1_100_048_384,
@@ -49,7 +52,7 @@ def test_counts_equal_the_published_ones(name):
 @pytest.mark.parametrize("name", SIZES)
 def test_a_count_equals_that_of_the_modules(name):
     with torch.device("meta"):
-        model = Decoder(config_of(name))
+        model = build_model(config_of(name))
     count = count_parameters(config_of(name))
     assert count.total == sum(p.numel() for p in model.parameters())
     norms = {n: p for n, p in model.named_parameters() if "norm" in n and ".mixer." not in n}

@@ -25,6 +25,7 @@ from easyllm.models.families import (
     qwen2,
     qwen3,
     qwen_moe,
+    t5,
     yi,
 )
 from easyllm.models.families.family import Family
@@ -136,6 +137,7 @@ register_family(baichuan.FAMILY)
 register_family(chatglm.FAMILY)
 register_family(chatglm2.FAMILY)
 register_family(glm.FAMILY)
+register_family(t5.FAMILY)
 register_family(easyllm.FAMILY)
 
 __all__ = [

@@ -30,6 +30,7 @@ from easyllm.train.objectives.quantization_aware import QuantizationAware, Quant
 from easyllm.train.objectives.reward import Reward, RewardConfig
 from easyllm.train.objectives.router import routing_of, with_router_losses
 from easyllm.train.objectives.simpo import SimPO, SimPOConfig
+from easyllm.train.objectives.span_corruption import SpanCorruption, SpanCorruptionConfig
 
 __all__ = [
     "DPO",
@@ -61,6 +62,8 @@ __all__ = [
     "RunSetup",
     "SimPO",
     "SimPOConfig",
+    "SpanCorruption",
+    "SpanCorruptionConfig",
     "Speed",
     "StepSizes",
     "build_objective",
