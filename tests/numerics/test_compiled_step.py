@@ -172,6 +172,8 @@ MODELS = {
     "window": {"window": 11},
     "scale": {"scale": 0.7},
     "no positions": {"position": NoPosition()},
+    "alibi": {"position": Alibi()},
+    "alibi, window": {"position": Alibi(), "window": 11, "num_kv_heads": 1},
     "part of a head turns": {"position": Rope(rotary_dim=8)},
     "linear scaling": {"position": Rope(scaling=LinearScaling(factor=4.0))},
     "yarn": {"position": Rope(scaling=YarnScaling(factor=4.0, original_max_seq_len=64))},
@@ -354,7 +356,6 @@ def test_results_are_bitwise_independent_of_the_number_of_threads():
 
 
 REFUSED = {
-    "alibi": {"position": Alibi()},
     "half-split RoPE": {"position": Rope(interleaved=True)},
     "fixed frequencies": {
         "position": Rope(scaling=DynamicNTKScaling(factor=2.0, original_max_seq_len=64))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from easyllm.nn.position import AlibiPosition
 from easyllm.ops.attention import explicit_attention
 from easyllm.ops.attention_rule import AttentionRule, ScoreTerms
 from easyllm.ops.paged_attention import (
@@ -121,6 +122,18 @@ RULES = {
 def test_paged_attention_equals_explicit_attention(kernels_or_plain, shape, page_size, rule):
     case = Case(*shape, page_size=page_size)
     close(case.run(rule), case.exact(rule), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("page_size", [8, 40, 5])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_alibi_equals_explicit_attention(kernels_or_plain, shape, page_size, window):
+    terms = AlibiPosition(shape[0]).terms
+    rule = AttentionRule(scale=0.2, window=window, terms=terms)
+    case = Case(*shape, page_size=page_size)
+    close(case.run(rule), case.exact(rule), TOLERANCE[torch.float32])
+    other = AttentionRule(scale=0.2, window=window)
+    assert not torch.allclose(case.run(rule), case.run(other), atol=1e-3)
 
 
 @pytest.mark.parametrize("pages", [torch.float32, torch.bfloat16])

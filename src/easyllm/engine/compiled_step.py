@@ -28,6 +28,7 @@ from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.norm import OffsetRMSNorm, RMSNorm
 from easyllm.nn.rotary import RotaryPosition
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.huge_memory import (
     BufferCache,
     cached_empty,
@@ -266,11 +267,20 @@ class CompiledStep:
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
             dim=config.head_dim,
+            slopes=self._slopes(rule),
             window=rule.window or 0,
             scale=rule.scale,
             eps=layer.mixer_norm.eps,
             head_eps=config.qk_norm.eps if config.qk_norm else 0.0,
         )
+
+    def _slopes(self, rule: AttentionRule) -> int | None:
+        """Returns the address of ALiBi's slopes; None without them."""
+        if rule.terms is None or rule.terms.slopes is None:
+            return None
+        slopes = torch.tensor(rule.terms.slopes, dtype=torch.float32)
+        self._kept.append(slopes)
+        return slopes.data_ptr()
 
     def _model_struct(self, model: Decoder) -> step_structs.StepModel:
         head = model.embed_tokens if model.lm_head is None else model.lm_head

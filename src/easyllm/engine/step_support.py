@@ -8,7 +8,7 @@ from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, GLUConfig, LayerConfig
 from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.linear import Embedding, Linear
-from easyllm.nn.position_config import BY_LENGTH, NoPosition, Rope
+from easyllm.nn.position_config import BY_LENGTH, Alibi, NoPosition, Rope
 from easyllm.ops.attention_backends import C_PAGES, KEYS_PER_BLOCK
 from easyllm.ops.deterministic import sums_have_fixed_order
 from easyllm.ops.kernels import kernels_for
@@ -110,11 +110,14 @@ def _layer_unsupported_reason(layer: LayerConfig, module: DecoderLayer) -> str |
 
 def _position_unsupported_reason(mixer: AttentionConfig) -> str | None:
     match mixer.position:
-        case NoPosition():
+        case NoPosition() | Alibi():
             return None
         case Rope(interleaved=False, scaling=scaling) if not isinstance(scaling, BY_LENGTH):
             return None
-    return f"positions other than half-split RoPE with fixed frequencies ({mixer.position.kind})"
+    return (
+        "positions other than ALiBi or half-split RoPE with fixed frequencies "
+        f"({mixer.position.kind})"
+    )
 
 
 def _pages_unsupported_reason(

@@ -40,7 +40,9 @@ class AlibiPosition(NoRotation):
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.terms = ScoreTerms(bias=self.bias)
+        with torch.device("cpu"):  # a model may be built on the meta device
+            slopes = tuple(alibi_slopes(num_heads).tolist())
+        self.terms = ScoreTerms(bias=self.bias, slopes=slopes)
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:
         """Returns the bias [H, Tq, Tk] for query positions [Tq] and key positions [Tk]."""

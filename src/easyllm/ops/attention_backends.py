@@ -12,7 +12,7 @@ takes one to two microseconds. It is not cached by the call, because a rule may 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -109,6 +109,12 @@ def _plain_causal_rule(rule: AttentionRule) -> str | None:
     return _plain_rule(rule) if rule.causal else "no causal mask"
 
 
+def _c_pages_rule(rule: AttentionRule) -> str | None:
+    if rule.terms is not None and rule.terms.slopes is not None:
+        rule = replace(rule, terms=None)
+    return _plain_causal_rule(rule)
+
+
 def _sdpa_rule(rule: AttentionRule) -> str | None:
     if rule.softcap is not None:
         return "a soft cap"
@@ -199,7 +205,7 @@ def _sdpa(call: AttentionCall) -> str | None:
 
 
 C_TRAINING = AttentionBackend("the C kernels for training", _plain_rule, _c_training)
-C_PAGES = AttentionBackend("the C kernel for pages", _plain_causal_rule, _c_pages)
+C_PAGES = AttentionBackend("the C kernel for pages", _c_pages_rule, _c_pages)
 FLASH = AttentionBackend("FlashAttention", _plain_rule, _flash)
 TRITON_PAGES = AttentionBackend("the Triton kernel for pages", _plain_causal_rule, _triton_pages)
 SDPA = AttentionBackend("PyTorch's SDPA", _sdpa_rule, _sdpa)

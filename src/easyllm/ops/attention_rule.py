@@ -18,12 +18,14 @@ class ScoreTerms:
     Attributes:
         bias: (query, key) → [H, Tq, Tk], added to the scaled scores.
         scores: (q [H, Tq, d], k [H, Tk, d], query, key) → [H, Tq, Tk], unscaled; replaces q kᵀ.
+        slopes: [H], if the bias is -slope · (query - key) for keys up to the query (ALiBi).
         values: (weights [H, Tq, Tk], query, key) → [H, Tq, d], added to the output.
     """
 
     bias: Callable[[Tensor, Tensor], Tensor] | None = None
     scores: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
     values: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    slopes: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -400,6 +400,8 @@ def _run_kernel(
         scale=rule.scale,
         window=rule.window or 0,
     )
+    if rule.terms is not None and rule.terms.slopes is not None:
+        queries.slopes = (ctypes.c_float * q.shape[1])(*rule.terms.slopes)
     numbers = ctypes.c_int64 * len(lengths)
     batch = structs.PagedBatch(
         q=address(q),

@@ -55,6 +55,8 @@ typedef struct {
     i64 kv_head, rows;
     const float *q;             // [rows][dim], already scaled
     const KeyRange *key_range;  // [rows]
+    const float *slopes;        // [groups] of the KV head: ALiBi, or NULL
+    i64 groups;                 // query heads per KV head; row r is of head r % groups
     float *scratch;             // split_scratch floats
 } QueryRows;
 

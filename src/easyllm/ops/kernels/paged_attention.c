@@ -127,6 +127,12 @@ static inline void score_octet(const float *q, const float *keys, i64 dim, float
     *(lane8 *)out = sums_of(sums);
 }
 
+// ALiBi: subtracts slope * distance from the scores of eight keys, of which the first is at
+// `distance` from the query.
+static inline void add_distances(float *scores, float slope, i64 distance) {
+    for (int j = 0; j < OCTET; j++) scores[j] -= slope * (float)(distance - j);
+}
+
 // For ROWS rows, with weights [SPLIT] each and outputs `stride` apart: out[..VECS * LANES] = sum
 // over j in [from, to) of weights[j] values[j]. An element's sum is independent of the other lanes
 // and rows.
@@ -208,9 +214,12 @@ void attend_split(const Pages *p, const QueryRows *x, i64 split, float *part) {
         const float *k = load_octet(p, p->keys, p->key_scales, table, kv, key, keys);
         octets[o] =
             load_octet(p, p->values, p->value_scales, table, kv, key, values + o * OCTET * dim);
-        for (i64 r = 0; r < rows; r++)
-            if (key_range[r].last >= key && key_range[r].first < key + OCTET)
-                score_octet(q + r * dim, k, dim, scores + r * SPLIT + o * OCTET, &ahead);
+        for (i64 r = 0; r < rows; r++) {
+            if (key_range[r].last < key || key_range[r].first >= key + OCTET) continue;
+            float *to = scores + r * SPLIT + o * OCTET;
+            score_octet(q + r * dim, k, dim, to, &ahead);
+            if (x->slopes) add_distances(to, x->slopes[r % x->groups], key_range[r].last - key);
+        }
     }
     clear_parts(part, rows, dim);
     // rows that see the same keys, such as the heads of a token, are summed together
@@ -257,7 +266,8 @@ typedef struct {
     i64 heads, q_stride;  // q_stride: elements from token to token
     int dtype;            // of queries and outputs
     float scale;
-    i64 window;  // 0: none
+    i64 window;           // 0: none
+    const float *slopes;  // [heads]: ALiBi, or NULL
 } Queries;
 
 // The sequences of a call of paged_attention.
@@ -321,13 +331,15 @@ static i64 make_blocks(const Queries *s, const Pages *p, const PagedBatch *batch
 }
 
 // The query rows of a block, of which `rows` and `key_range` are loaded.
-static QueryRows rows_of(const Block *b, const PagedBatch *batch, i64 groups, const float *rows,
-                         const KeyRange *key_range, float *scratch) {
+static QueryRows rows_of(const Block *b, const PagedBatch *batch, const Queries *s, i64 groups,
+                         const float *rows, const KeyRange *key_range, float *scratch) {
     return (QueryRows){.table = batch->table + b->sequence * batch->table_width,
                        .kv_head = b->kv_head,
                        .rows = b->tokens * groups,
                        .q = rows,
                        .key_range = key_range,
+                       .slopes = s->slopes ? s->slopes + b->kv_head * groups : NULL,
+                       .groups = groups,
                        .scratch = scratch};
 }
 
@@ -359,14 +371,14 @@ void paged_attention(const PagedBatch *batch, const Pages *p, const Queries *s) 
         for (i64 i = 0; i < num_tasks; i++) {
             const Block *b = blocks + tasks[i].block;
             i64 j = tasks[i].split;
-            const QueryRows x = rows_of(b, batch, groups, rows, key_range, scratch);
+            const QueryRows x = rows_of(b, batch, s, groups, rows, key_range, scratch);
             load_block(b, s, p, batch->q, rows, key_range);
             attend_split(p, &x, b->first_split + j, b->parts + j * x.rows * part_size(dim));
         }
 #pragma omp for schedule(dynamic, 1)
         for (i64 i = 0; i < count; i++) {
             const Block *b = blocks + i;
-            const QueryRows x = rows_of(b, batch, groups, rows, key_range, scratch);
+            const QueryRows x = rows_of(b, batch, s, groups, rows, key_range, scratch);
             i64 n = x.rows;
             clear_parts(state, n, dim);
             if (!apart) load_block(b, s, p, batch->q, rows, key_range);

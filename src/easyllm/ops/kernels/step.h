@@ -36,6 +36,7 @@ typedef struct {
     const float *mixer_norm, *feed_forward_norm;  // [hidden]
     const float *q_norm, *k_norm;                 // [dim] or NULL
     const float *cosine, *sine;                   // [positions][pairs], NULL without RoPE
+    const float *slopes;                          // [heads], NULL without ALiBi
     i64 heads, kv_heads, dim, pairs, window;
     float scale, eps, head_eps;
 } Layer;

@@ -74,6 +74,8 @@ static void attend_tasks(const Thread *t, const Layer *l, const Pages *p, i64 be
                                     .rows = groups,
                                     .q = sh->q + (s * l->heads + kv * groups) * l->dim,
                                     .key_range = key_range,
+                                    .slopes = l->slopes ? l->slopes + kv * groups : NULL,
+                                    .groups = groups,
                                     .scratch = t->scratch};
             for (i64 j = max_(0, begin - task); j < min_(splits, end - task); j++)
                 attend_split(p, &rows, first + j, sh->parts + (task + j) * size);

@@ -21,6 +21,7 @@ class StepLayer(ctypes.Structure):
         feed_forward_norm: weight of the norm before the feed-forward layer, [hidden], fp32.
         q_norm, k_norm: weights of the norms of queries and keys, [d], fp32, or None.
         cosine, sine: RoPE tables, [positions, pairs], fp32, or None.
+        slopes: ALiBi slopes, [H], fp32, or None.
         heads, kv_heads: query heads H and KV heads K.
         dim: head dimension d.
         pairs: rotated pairs of a head.
@@ -33,7 +34,7 @@ class StepLayer(ctypes.Structure):
         ("matrices", Matrix * len(MATRICES)),
         ("updates", ctypes.POINTER(LowRankUpdate)),
         *((name, POINTER) for name in ("mixer_norm", "feed_forward_norm", "q_norm", "k_norm")),
-        *((name, POINTER) for name in ("cosine", "sine")),
+        *((name, POINTER) for name in ("cosine", "sine", "slopes")),
         *((name, LONG) for name in ("heads", "kv_heads", "dim", "pairs", "window")),
         *((name, FLOAT) for name in ("scale", "eps", "head_eps")),
     ]

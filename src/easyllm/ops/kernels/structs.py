@@ -276,6 +276,7 @@ class Queries(ctypes.Structure):
         dtype: dtype code of queries and outputs.
         scale: factor of the scores.
         window: most recent keys that a query sees; 0 for all.
+        slopes: ALiBi slopes, [H], fp32, or None.
     """
 
     _fields_ = [
@@ -283,6 +284,7 @@ class Queries(ctypes.Structure):
         ("dtype", INT),
         ("scale", FLOAT),
         ("window", LONG),
+        ("slopes", ctypes.POINTER(FLOAT)),
     ]
 
 
