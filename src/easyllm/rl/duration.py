@@ -1,24 +1,15 @@
 """Time of a policy-gradient run next to its updates: sampling, and the passes before an update."""
 
-from collections.abc import Sequence
-
 from easyllm.nn.config import ModelConfig
 from easyllm.plan.compute import decode_flops, forward_flops
 from easyllm.plan.inference import loaded_weight_bytes
 from easyllm.plan.kv_cache import cache_size
-from easyllm.rl.prompts import PromptSample
-from easyllm.rl.rollout import RolloutConfig
+from easyllm.rl.loader import RolloutLoader
 from easyllm.train.objectives import Speed
 
 
 def rollout_seconds(
-    config: RolloutConfig,
-    model: ModelConfig,
-    prompts: Sequence[PromptSample],
-    *,
-    batch_size: int,
-    passes: int,
-    speed: Speed,
+    loader: RolloutLoader, model: ModelConfig, *, passes: int, speed: Speed
 ) -> float:
     """Returns the seconds of one rollout, if every answer has the maximum length.
 
@@ -26,15 +17,14 @@ def rollout_seconds(
     longer. The prompt of a group is computed once.
 
     Args:
-        config: how answers are sampled.
+        loader: the prompts, of which a rollout has the mean length, and how answers are sampled.
         model: configuration of the policy.
-        prompts: the prompts of an epoch; a rollout has their mean length.
-        batch_size: prompts per rollout.
         passes: forward passes over the answers before the updates: of the policy, of the reference.
         speed: rates of the machine.
     """
+    config, prompts = loader.rollout, loader.prompts
     mean = max(1, sum(len(prompt.token_ids) for prompt in prompts) // max(1, len(prompts)))
-    longest, groups = mean + config.max_tokens, min(batch_size, len(prompts))
+    longest, groups = mean + config.max_tokens, min(loader.batch_size, len(prompts))
     answers = groups * config.group_size
     running = min(answers, max(config.max_running, config.group_size))
     read = loaded_weight_bytes(model, speed.itemsize, config.quantize, read=True)

@@ -109,16 +109,9 @@ class PolicyObjective(Objective):
     ) -> float:
         """Returns the seconds of all rollouts, with the log-probabilities of their answers."""
         assert isinstance(loader, RolloutLoader), "the loader that this objective builds"
-        rollout = self.config.rollout
-        one = rollout_seconds(
-            rollout,
-            model,
-            loader.prompts,
-            batch_size=loader.batch_size,
-            passes=int(self.needs_old_logprobs) + int(self.needs_reference),
-            speed=speed(),
-        )
-        return one * -(-steps // rollout.num_updates)
+        passes = int(self.needs_old_logprobs) + int(self.needs_reference)
+        one = rollout_seconds(loader, model, passes=passes, speed=speed())
+        return one * -(-steps // self.config.rollout.num_updates)
 
     def held_bytes(self, model: ModelConfig, setup: MemorySetup) -> dict[str, int]:
         """Returns the bytes of the cache of rollouts, and of the reward model."""

@@ -7,9 +7,10 @@ from easyllm.plan.compute import decode_flops, forward_flops
 from easyllm.plan.inference import loaded_weight_bytes
 from easyllm.plan.kv_cache import cache_size
 from easyllm.rl.duration import rollout_seconds
+from easyllm.rl.loader import RolloutLoader
 from easyllm.rl.prompts import PromptSample
 from easyllm.rl.rollout import RolloutConfig
-from easyllm.train.objectives import Speed
+from easyllm.train.objectives import Speed, StepSizes
 
 MODEL = read_config(SIZES["llama2-7b"])
 PROMPTS = [PromptSample((1,) * length, (-100,) * length) for length in (30, 50)]
@@ -18,7 +19,9 @@ PROMPTS = [PromptSample((1,) * length, (-100,) * length) for length in (30, 50)]
 def seconds(flops_per_s, read_bytes_per_s, *, passes=0, **changes):
     config = RolloutConfig(group_size=4, max_tokens=24, max_running=8, **changes)
     speed = Speed(itemsize=2, flops_per_s=flops_per_s, read_bytes_per_s=read_bytes_per_s)
-    return rollout_seconds(config, MODEL, PROMPTS, batch_size=4, passes=passes, speed=speed)
+    sizes = StepSizes(batch_size=4, batch_tokens=None, micro_batch_tokens=512, seed=0)
+    loader = RolloutLoader(PROMPTS, sizes, config, collector=None)
+    return rollout_seconds(loader, MODEL, passes=passes, speed=speed)
 
 
 def test_decoding_is_bound_by_reading_weights_and_cache():
