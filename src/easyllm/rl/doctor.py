@@ -8,10 +8,11 @@ is worth a look.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from operator import mul
 from pathlib import Path
 
 from easyllm.core.json_types import JsonObject
-from easyllm.rl.history import History, read_history
+from easyllm.rl.history import WINDOW, History, read_history
 
 FP32_MISMATCH, HALF_MISMATCH = 0.02, 0.06
 """Mean differences between the log-probabilities of sampler and trainer, in nats per token, above
@@ -124,9 +125,14 @@ def _kl_sign(history: History) -> Finding | None:
 
 def _learning_rate(history: History) -> Finding | None:
     """One update must change the policy a little."""
+    rise = history.largest_rise("rl/kl_per_token_nats")
+    if history.has("rl/kl_nats"):
+        # per token of the longest answers: KL per token also rises when answers become shorter
+        longest = max(history.values("rl/length_tokens"), default=1.0)
+        rise = min(rise, history.largest_rise("rl/kl_nats") / max(1.0, longest))
     bounds = {
         "rl/update_kl_nats": (max(history.values("rl/update_kl_nats"), default=0.0), 0.2),
-        "rl/kl_per_token_nats": (history.largest_rise("rl/kl_per_token_nats"), 0.6),
+        "rl/kl_per_token_nats": (rise, 0.6),
     }
     for metric, (value, bound) in bounds.items():
         if value > bound:
@@ -267,8 +273,14 @@ def _reward(history: History) -> Finding | None:
 
 def _explained_variance(history: History) -> Finding | None:
     """The critic must predict better than a constant."""
+    shares, spread = history.values("rl/explained_variance"), history.values("rl/reward_std")
     value = history.last("rl/explained_variance")
-    if len(history.values("rl/explained_variance")) < FEW_STEPS or value >= 0.0:
+    if len(spread) == len(shares):
+        # pooled over the last third: where rewards hardly differ, there is little to explain
+        last = -max(1, len(shares) // WINDOW)
+        weights = [each * each for each in spread[last:]]
+        value = sum(map(mul, weights, shares[last:])) / max(sum(weights), 1e-12)
+    if len(shares) < FEW_STEPS or value >= 0.0:
         return None
     return Finding(
         "explained_variance",

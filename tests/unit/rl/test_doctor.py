@@ -85,6 +85,28 @@ def test_each_check_names_its_fault(change, name):
     assert name in names(history(POLICY, change))
 
 
+def test_shorter_answers_are_no_large_update():
+    """KL of 3 nats over 20 tokens, then of 6 over 4: the same policy changes little per answer."""
+    changes = {
+        "rl/kl_per_token_nats": (0.15, 1.5),
+        "rl/kl_nats": (3.0, 6.0),
+        "rl/length_tokens": (20.0, 4.0),
+    }
+    found = history(POLICY)
+    for name, (first, last) in changes.items():
+        found.series[name] = [first] * 5 + [last] * 4
+    assert "learning_rate" not in names(found)
+
+
+def test_steps_with_nearly_equal_rewards_say_little_about_the_critic():
+    found = history(POLICY, steps=9)
+    found.series["rl/explained_variance"] = [0.3] * 7 + [-5.0, 0.3]
+    found.series["rl/reward_std"] = [0.3] * 7 + [0.01, 0.3]
+    assert "explained_variance" not in names(found)
+    found.series["rl/reward_std"] = [0.3] * 9
+    assert "explained_variance" in names(found)
+
+
 @pytest.mark.parametrize(
     ("dtype", "nats", "found"),
     [
