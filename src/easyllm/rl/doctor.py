@@ -6,42 +6,19 @@ is worth a look.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from operator import mul
 from pathlib import Path
 
 from easyllm.core.json_types import JsonObject
+from easyllm.rl.doctor_pairs import accuracy, chosen_falls, loss_exploded, margin
+from easyllm.rl.finding import FEW_STEPS, Finding
 from easyllm.rl.history import WINDOW, History, read_history
 
 FP32_MISMATCH, HALF_MISMATCH = 0.02, 0.06
 """Mean differences between the log-probabilities of sampler and trainer, in nats per token, above
 which more than rounding is at work. In bf16 one step of a logit of 8 to 16 is 0.06."""
-FEW_STEPS = 6
-"""Trends are looked for in runs with at least this many logged steps."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something unusual in a run.
-
-    Attributes:
-        name: what it is called.
-        metric: the metric that shows it.
-        value: the metric's value.
-        usual: the usual range, as text.
-        change: what it means, and what to change.
-    """
-
-    name: str
-    metric: str
-    value: float
-    usual: str
-    change: str
-
-    def as_dict(self) -> JsonObject:
-        """Returns plain values for JSON."""
-        return asdict(self)
 
 
 Check = Callable[[History], Finding | None]
@@ -153,21 +130,6 @@ def _too_fast(metric: str, value: float, usual: str) -> Finding:
         usual,
         "one update changes the policy too much; lower optimizer.learning_rate (for LoRA 1e-5 to "
         "1e-4, for all weights 1e-7 to 1e-5 are usual; models from scratch up to 3e-4)",
-    )
-
-
-def _loss_exploded(history: History) -> Finding | None:
-    """The loss of a preference or reward run starts near ln 2 and falls."""
-    values = history.values("train/loss_nats")
-    worst = max(values[1:], default=0.0)
-    if not values or worst <= 4.0 * max(values[0], 0.5):
-        return None
-    return Finding(
-        "learning_rate",
-        "train/loss_nats",
-        worst,
-        f"near or below the first value, {values[0]:.3g}",
-        "the loss rose far above its start; lower optimizer.learning_rate, or raise the warm-up",
     )
 
 
@@ -292,51 +254,6 @@ def _explained_variance(history: History) -> Finding | None:
     )
 
 
-def _accuracy(history: History) -> Finding | None:
-    """Chosen answers must get the higher reward on held-out pairs."""
-    value = history.values("eval/reward_accuracy")[-1]
-    if value >= 0.52:
-        return None
-    return Finding(
-        "reward_accuracy",
-        "eval/reward_accuracy",
-        value,
-        "0.6 to 0.9",
-        "no better than chance on held-out pairs; check that chosen and rejected are not swapped, "
-        "train longer, or raise the learning rate",
-    )
-
-
-def _margin(history: History) -> Finding | None:
-    """The margin on held-out pairs must rise."""
-    values = history.values("eval/reward_margin")
-    if values[-1] > 0 and values[-1] >= values[0]:
-        return None
-    return Finding(
-        "reward_margin",
-        "eval/reward_margin",
-        values[-1],
-        "above 0 and rising",
-        "the margin on held-out pairs does not rise; stop earlier, lower the learning rate, or "
-        "check the pairs",
-    )
-
-
-def _chosen_falls(history: History) -> Finding | None:
-    """The log-probability of chosen answers should not fall far."""
-    value = history.last("rewards/chosen")
-    if value >= -2.0 or value >= history.first("rewards/chosen"):
-        return None
-    return Finding(
-        "chosen_falls",
-        "rewards/chosen",
-        value,
-        "near or above 0",
-        "chosen answers become less likely, too (the margin rises because rejected ones fall "
-        "further); raise β, lower the learning rate, or add a language-model term",
-    )
-
-
 def _prompts_cut(history: History) -> Finding | None:
     """Prompts must not lose their beginning."""
     value = history.mean("rl/prompt_cut_share")
@@ -401,7 +318,7 @@ CHECKS: dict[str, tuple[tuple[str, ...], Check]] = {
     ),
     "kl_sign": (("rl/kl_pull", "rl/kl_per_token_nats"), _kl_sign),
     "learning_rate": (("rl/entropy",), _learning_rate),
-    "loss_exploded": (("train/loss_nats", "rewards/chosen"), _loss_exploded),
+    "loss_exploded": (("train/loss_nats", "rewards/chosen"), loss_exploded),
     "kl": (
         ("rl/kl_per_token_nats",),
         _above(
@@ -451,9 +368,9 @@ CHECKS: dict[str, tuple[tuple[str, ...], Check]] = {
             "a reward function raised or returned NaN; the console shows the samples",
         ),
     ),
-    "reward_accuracy": (("eval/reward_accuracy",), _accuracy),
-    "reward_margin": (("eval/reward_margin",), _margin),
-    "chosen_falls": (("rewards/chosen",), _chosen_falls),
+    "reward_accuracy": (("eval/reward_accuracy",), accuracy),
+    "reward_margin": (("eval/reward_margin",), margin),
+    "chosen_falls": (("rewards/chosen",), chosen_falls),
     "rows_truncated": ((), rows_cut),
 }
 """Each check with the metrics that it needs, the most likely causes first."""
