@@ -106,7 +106,8 @@ def _recipe_words(recipe: JsonObject) -> Iterator[str]:
     yield _kind(adapter, "rank") if adapter else "all weights trained"
     if isinstance(data, dict):
         files = data.get("shards") or data.get("train") or ()
-        yield "on " + ", ".join([files] if isinstance(files, str) else map(str, files))
+        names = [files] if isinstance(files, str) else [str(file) for file in files]
+        yield f"on {', '.join(names) or data.get('kind', 'generated')}"
     yield _kind(recipe.get("optimizer"), "learning_rate")
     yield f"{_kind(recipe.get('schedule'))} schedule"
     for name, unit in (("batch_size", "sequences per step"), ("batch_tokens", "tokens per step")):

@@ -21,7 +21,7 @@ h1 { font-size: 1.5rem; margin: 0; }
 h2, summary { font-size: 1.1rem; font-weight: 600; margin: 1.4rem 0 .5rem; }
 header { display: flex; flex-wrap: wrap; align-items: baseline; gap: .2rem 1rem; }
 header p { margin: 0; }
-header > :last-child { margin-left: auto; }
+header > :last-child:not(:only-child) { margin-left: auto; }
 .state b { padding: .15rem .6rem; margin-right: .3rem; border-radius: 1rem; background: var(--soft);
   color: var(--accent); }
 .state.stopped b { background: var(--bad-soft); color: var(--bad); }
@@ -63,7 +63,7 @@ figure li.resumed::before { border-left: 2px dashed var(--muted); }
 .corner { padding: .3rem .5rem 0 0; text-align: right; }
 svg { display: block; width: 100%; height: 100%; border: solid var(--line);
   border-width: 0 0 1px 1px; }
-path { fill: none; stroke: var(--accent); stroke-width: 1.75; stroke-linecap: round;
+:where(.plot) path { fill: none; stroke: var(--accent); stroke-width: 1.75; stroke-linecap: round;
   stroke-linejoin: round; vector-effect: non-scaling-stroke; }
 .grid { stroke: var(--line); stroke-width: 1; opacity: .6; }
 path.raw { stroke-width: 1; opacity: .4; }

@@ -127,3 +127,18 @@ def test_the_page_says_what_is_unusual_and_escapes_it(tmp_path):
 def test_a_run_without_metrics_is_not_examined(tmp_path):
     (tmp_path / "recipe.yaml").write_text("model: smollm2\n", encoding="utf-8")
     write_report(tmp_path, diagnose=lambda _: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("{kind: arithmetic, count: 8}", "on arithmetic"),
+        ("{train: rows.jsonl}", "on rows.jsonl"),
+        ("{train: [a.jsonl, b.jsonl]}", "on a.jsonl, b.jsonl"),
+    ],
+)
+def test_the_page_says_what_a_run_learns_from(tmp_path, data, words):
+    (tmp_path / "recipe.yaml").write_text(f"model: smollm2\ndata: {data}\n", encoding="utf-8")
+    write_metrics(tmp_path, steps(1, 3))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert f"{words} " in re.sub(r"<[^>]*>", " ", page)
