@@ -2,6 +2,7 @@
 
 python bench/planner.py                 all runs, a JSON row each
 python bench/planner.py --only lora     those whose name contains the word
+python bench/planner.py --time          predicted and measured time of six runs, once calibrated
 python bench/planner.py --table         the table of docs/planner-accuracy.md, from recorded rows
 
 Next to the plan stands the rule of `accelerate estimate-memory`: the weights in their dtype, and
@@ -12,6 +13,7 @@ against what was measured beyond the process.
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -71,12 +73,22 @@ SERVING: dict[str, dict[str, Any]] = {
     "LoRA adapter": {"dtype": "float32", "adapter": True},
 }
 NEW_TOKENS, PROMPT_TOKENS = 32, 224
+TIMED = (
+    "full, depth 4",
+    "LoRA, SmolLM2",
+    "LoRA, SmolLM2, recomputed",
+    "QLoRA, SmolLM2",
+    "DPO, LoRA, SmolLM2",
+    "PPO, shared critic, SmolLM2",
+)
+TIMED_STEPS = 12
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="runs whose name contains this")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--time", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
@@ -84,6 +96,10 @@ def main() -> None:
         print(json.dumps(serve(json.loads(options.serve))))
     elif options.table:
         print(table())
+    elif options.time:
+        for name in (name for name in TIMED if options.only.lower() in name.lower()):
+            row = machine.row("planner_time", run=name, steps=TIMED_STEPS, **timed(name))
+            machine.finish(row, "planner", record=options.record)
     else:
         runs = [(f"train: {name}", name) for name in TRAINING]
         runs += [(f"serve: {name}", name) for name in SERVING]
@@ -106,19 +122,46 @@ def errors(found: dict[str, Any]) -> dict[str, float]:
 # ---- training
 
 
+def recipe_of(name: str, folder: Path, rows: int) -> list[str]:
+    """Returns a run's recipe and overrides, with files of so many rows in a folder."""
+    recipe, *words = TRAINING[name]
+    if recipe != "ppo-max":
+        source = "pairs_en_train" if recipe == "dpo-en" else "easyllm_facts_train"
+        lines = (RECIPES / f"{source}.jsonl").read_text().splitlines()[:rows]
+        data = folder / "rows.jsonl"
+        data.write_text("\n".join(lines) + "\n")
+        words.append(f"data.train=[{data}]")
+    if SMALL in words:
+        words[words.index(SMALL)] = f"model={small_model(folder / 'small')}"
+    return [recipe, *words]
+
+
+def timed(name: str) -> dict[str, Any]:
+    """Calibrates with two steps of a run, takes more, and returns what was planned and measured."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory() as folder:
+        words = recipe_of(name, Path(folder), rows=10_000)
+        os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
+        try:
+            machine.easyllm("plan", *words, "--calibrate", "--json")
+            out = Path(folder) / "run"
+            more = (f"max_steps={TIMED_STEPS}", "epochs=50", "eval_every=0", "save_every=0")
+            machine.easyllm("train", *words, *more, f"output={out}", "--json")
+        finally:
+            os.environ.pop("XDG_CACHE_HOME")
+            if before is not None:
+                os.environ["XDG_CACHE_HOME"] = before
+        found = json.loads((out / "manifest.json").read_text())["results"]
+    planned, seconds = found["predicted_seconds"], found["seconds"]
+    kept = {"utilisation": found["predicted_utilisation"], "error": round(planned / seconds - 1, 4)}
+    return {"predicted_seconds": planned, "seconds": seconds} | kept
+
+
 def trained(name: str) -> dict[str, Any]:
     """Runs two steps with `easyllm train`, and returns what its manifest says."""
-    recipe, *words = TRAINING[name]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        if recipe != "ppo-max":
-            source = "pairs_en_train" if recipe == "dpo-en" else "easyllm_facts_train"
-            rows = (RECIPES / f"{source}.jsonl").read_text().splitlines()[:ROWS]
-            data = Path(folder) / "rows.jsonl"
-            data.write_text("\n".join(rows) + "\n")
-            words.append(f"data.train=[{data}]")
-        if SMALL in words:
-            words[words.index(SMALL)] = f"model={small_model(Path(folder) / 'small')}"
+        recipe, *words = recipe_of(name, Path(folder), ROWS)
         machine.easyllm(
             "train", recipe, *words, "max_steps=2", "save_every=0", f"output={out}", "--json"
         )
@@ -261,7 +304,8 @@ def table() -> str:
     rows: dict[str, dict[str, Any]] = {}
     for line in (machine.HERE / "results" / "planner.jsonl").read_text().splitlines():
         row = json.loads(line)
-        rows[row["run"]] = row
+        if row["bench"] == "planner":
+            rows[row["run"]] = row
     lines = [
         "| run | process | plan | predicted | measured | error | accelerate's rule |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -43,7 +43,7 @@ Calibrate = Annotated[
     bool,
     typer.Option(
         "--calibrate",
-        help="Run two steps of a recipe, compare them with the plan, keep the correction.",
+        help="Run three steps of a recipe, compare them with the plan, keep the correction.",
     ),
 ]
 Html = Annotated[
@@ -183,7 +183,7 @@ def _dispatch(
         return
     if calibrate:
         raise ConfigError(
-            f"--calibrate runs two steps of a recipe, but {source!r} is a model; name a recipe, "
+            f"--calibrate runs three steps of a recipe, but {source!r} is a model; name a recipe, "
             "such as sft-lora"
         )
     if overrides:

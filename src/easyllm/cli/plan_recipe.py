@@ -58,11 +58,11 @@ def _rows(found: "RunPlan") -> list[tuple[str, str]]:
 
 
 def calibrate_recipe(source: str, overrides: list[str], *, json_output: bool) -> None:
-    """Runs two steps of a recipe, prints the errors of its plan, and keeps the correction."""
+    """Runs three steps of a recipe, prints the errors of its plan, and keeps the correction."""
     from easyllm.core.progress import Progress
     from easyllm.pipeline.calibrate_plan import calibrate
 
-    with Progress("two steps", total=1, unit="run") as progress:
+    with Progress("three steps", total=1, unit="run") as progress:
         found = calibrate(source, overrides)
         progress.advance(1)
     if json_output:
@@ -74,7 +74,7 @@ def calibrate_recipe(source: str, overrides: list[str], *, json_output: bool) ->
     ]
     seconds = found.seconds
     rows.append(("time", f"{seconds.planned:.1f} s", f"{seconds.measured:.1f} s", _error(seconds)))
-    print_table(f"two steps of {source}", ("", "planned", "measured", "error"), rows)
+    print_table(f"three steps of {source}", ("", "planned", "measured", "error"), rows)
     kept = found.kept
     factor = "" if kept.step_factor is None else f"buffers of a step times {kept.step_factor:.2f}, "
     sys.stdout.write(f"kept for this machine: {factor}utilisation {kept.utilisation:.0%}\n")

@@ -1,4 +1,4 @@
-"""Measures two steps of a recipe in a process of its own, and compares them with their plan."""
+"""Measures three steps of a recipe in a process of its own, and compares them with their plan."""
 
 import json
 import subprocess
@@ -10,10 +10,14 @@ from pathlib import Path
 
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonObject
+from easyllm.core.jsonl import read_json_objects
 from easyllm.core.manifest import MANIFEST_FILE
 from easyllm.plan.calibration import Calibration, bounded, keep_calibration
 
-STEPS = 2
+METRICS = "metrics.jsonl"
+STEPS = 3
+"""The first step is not timed: it fills caches, and a process allocates most of its memory in it.
+A rollout of two updates is in one of the two others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +41,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationReport:
-    """What two steps were planned to need, what they needed, and the correction that is kept."""
+    """What the steps were planned to need, what they needed, and the correction that is kept."""
 
     memory: tuple[Comparison, ...]
     seconds: Comparison
@@ -64,7 +68,7 @@ class CalibrationReport:
 
 
 def calibrate(recipe: str, overrides: Sequence[str]) -> CalibrationReport:
-    """Runs two steps of a training recipe, and keeps how they differ from the plan.
+    """Runs three steps of a training recipe, and keeps how they differ from the plan.
 
     Args:
         recipe: path or name of a training recipe.
@@ -75,24 +79,36 @@ def calibrate(recipe: str, overrides: Sequence[str]) -> CalibrationReport:
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
-        words = [*overrides, f"max_steps={STEPS}", "save_every=0", f"output={output}"]
+        words = [
+            *overrides,
+            f"max_steps={STEPS}",
+            "log_every=1",
+            "save_every=0",
+            f"output={output}",
+        ]
         command = [sys.executable, "-m", "easyllm", "train", recipe, *words, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         manifest = output / MANIFEST_FILE
         if done.returncode or not manifest.is_file():
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise ConfigError(
-                f"the two steps of {recipe} failed: {lines[-1].removeprefix('error: ')}"
+                f"the {STEPS} steps of {recipe} failed: {lines[-1].removeprefix('error: ')}"
             )
         results = json.loads(manifest.read_text(encoding="utf-8"))["results"]
-    return compare(results)
+        seconds = [
+            row["train/tokens"] / row["speed/tokens_per_s"]
+            for row in read_json_objects(output / METRICS)
+            if row.get("speed/tokens_per_s")
+        ]
+    return compare(results, seconds)
 
 
-def compare(results: JsonObject) -> CalibrationReport:
+def compare(results: JsonObject, step_seconds: Sequence[float]) -> CalibrationReport:
     """Compares the plan and the measurements in a manifest, and keeps the correction.
 
     Args:
         results: `results` of the manifest of a training run on a CPU.
+        step_seconds: seconds of each of its steps.
     """
     planned, measured = results["predicted_bytes"], results["measured_bytes"]
     known = {name: (planned[name], measured[name]) for name in ("weights", "optimizer")}
@@ -106,8 +122,11 @@ def compare(results: JsonObject) -> CalibrationReport:
         planned=results["uncorrected_peak_bytes"],
         measured=results["peak_rss_bytes"],
     )
+    count, timed = len(step_seconds), step_seconds[1:] or step_seconds
     seconds = Comparison(
-        name="seconds", planned=results["predicted_seconds"], measured=results["seconds"]
+        name="seconds",
+        planned=results["predicted_seconds"],
+        measured=count * sum(timed) / max(1, len(timed)),
     )
     utilisation = results["predicted_utilisation"] * seconds.planned / max(seconds.measured, 1e-9)
     correction: JsonObject = {"utilisation": min(1.0, utilisation)}

@@ -1,6 +1,6 @@
 """What measured runs teach the planner about this machine: kept in the user's cache folder.
 
-`easyllm plan RECIPE --calibrate` measures two steps and keeps how much memory a step took in
+`easyllm plan RECIPE --calibrate` measures three steps and keeps how much memory a step took in
 relation to the plan, and the utilisation that it reached. `easyllm doctor --measure` keeps the
 rates. A record is of one processor and one version of torch; on another it is not used.
 """

@@ -124,7 +124,7 @@ class RunPlan:
             "dtype": self.dtype,
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "uncorrected_peak_bytes": replace(self, step_factor=1.0).predicted_peak_bytes,
-            "predicted_seconds": round(self.seconds, 1),
+            "predicted_seconds": float(f"{self.seconds:.3g}"),
             "predicted_utilisation": self.utilisation,
             "predicted_bytes": {
                 "process": self.process_bytes,
