@@ -1,16 +1,20 @@
 """Mistakes that once gave a traceback or a misleading message: one sentence, exit code 2."""
 
 import json
+import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from easyllm.adapters import LoRAConfig, attach, save_adapter
+from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.environment import misspelled_variables
 from easyllm.models import hf_module_name, load_model
+from easyllm.models.load import OpenSource
 from easyllm.train.config import TrainConfig
 from easyllm_command import GOOD, RECIPE, easyllm
 
@@ -203,17 +207,57 @@ WORDS = {
     "serve smollm2 --max-running 0": ("error: --max-running 0: input should be greater than 0",),
     "generate smollm2 x --cache-dtype int3": ("cache_dtype 'int3' is not known; use one of",),
     "generate smollm2 x --draft nosuch": ("model 'nosuch' is not known",),
+    "eval {folder}/m --task gsm8k --data {folder}": ("' is a folder; give the file with the data",),
+    "eval {folder}/m --task {folder}/nosuch.yaml --data {folder}": (
+        "nosuch.yaml' does not exist; name a YAML file",
+    ),
+    "eval smollm2 --task perplexity --data {folder}/binary.txt": ("not text, or UTF-16",),
+    "eval smollm2 --task perplexity --data {folder}/empty.txt": ("has no text; give a file of",),
+    "eval smollm2 --task perplexity --data {folder}": ("is a folder; give a file of texts",),
+    "eval smollm2 --data {folder}/binary.txt": ("binary.txt:1 is not JSON",),
+    "eval smollm2 --task gsm8k --shots 1 --data {folder}/rows.jsonl --output {folder}": (
+        "exists and is not an evaluation; give a new folder",
+    ),
+    "reason smollm2 ''": ("error: a question is empty",),
+    "reason smollm2 x --method few-shot": ("few-shot needs examples",),
+    "reason smollm2 x --system nosuch": ("prompt 'nosuch' is not known",),
+    "reason smollm2 --data {folder}/rows.jsonl --method few-shot --examples {folder}/rows.jsonl "
+    "--select 1": ("--select-on 16 leaves none of the 2 questions",),
     "lab rope-distance theta=abc": ("error: command line: theta='abc'",),
     "lab rope-distance output={folder}": ("holds something else than lab rope-distance",),
 }
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_a_mistake_of_a_command_is_told_in_its_only_line(tmp_path, words):
+def test_a_mistake_of_a_command_is_told_in_its_only_line(tmp_path, words, monkeypatch):
     (tmp_path / "empty.txt").touch()
     for name in ("binary.txt", "binary.yaml"):
         (tmp_path / name).write_bytes(bytes(range(256)))
+    (tmp_path / "rows.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n' * 2)
+
+    def load(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(OpenSource, "model", load)
     done = easyllm(*shlex.split(words.format(folder=tmp_path)))
     refused(done, *WORDS[words])
+    assert "on_error" not in done.stderr  # a key that these commands do not have
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_weights_that_are_not_finite_are_told_with_their_name(tiny_folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    tensors, metadata = read_tensors(broken / "model.safetensors")
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = math.nan
+    write_tensors(broken / "model.safetensors", tensors, metadata)
+    (tmp_path / "text.txt").write_text("The quick brown fox.")
+    for words in (
+        ("generate", broken, "hello"),
+        ("eval", broken, "--task", "perplexity", "--data", tmp_path / "text.txt"),
+        ("convert", broken, tmp_path / "out.gguf", "--type", "f16"),
+    ):
+        refused(easyllm(*words), f"{name} of {broken} contains NaN or infinite values; copy")
+    assert not (tmp_path / "out.gguf").exists()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from easyllm.models.load import OpenSource
 from easyllm_command import easyllm
 
 
@@ -79,3 +80,28 @@ def test_mistakes_are_one_sentence(docs, tmp_path, tiny_folder):
         assert reason in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1 or "Usage" in done.stderr
     assert not out.exists()
+
+
+def test_mistakes_are_told_before_anything_is_loaded(docs, tmp_path, tiny_folder, monkeypatch):
+    out, squad = tmp_path / "index", tmp_path / "squad.json"
+    assert easyllm("rag", "index", docs, out, "--embedder", tiny_folder).returncode == 0
+    answer = {"text": "deep", "answer_start": 11}
+    asked = {"id": "1", "question": "How is the sea?", "answers": [answer]}
+    paragraph = {"context": "The sea is deep.", "qas": [asked]}
+    squad.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [paragraph]}]}))
+
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(OpenSource, "model", load)
+    for words, said in (
+        (("ask", out, " "), "the question is empty"),
+        (("ask", out, "x", "--model", "nosuch"), "model 'nosuch' is not known"),
+        (("ask", out, "x", "--embedder", "nosuch"), "made for embeddings are e5-small, minilm"),
+        (("eval", squad, "--model", "nosuch"), "model 'nosuch' is not known"),
+        (("eval", tmp_path / "nosuch.json"), "cannot be read (No such file or directory); give"),
+    ):
+        done = easyllm("rag", *words)
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1

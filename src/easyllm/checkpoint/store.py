@@ -16,6 +16,7 @@ from torch import Tensor
 from easyllm.checkpoint.file_state import FileState
 from easyllm.core.atomic import output_errors, write_json
 from easyllm.core.errors import CheckpointError
+from easyllm.core.finite import all_finite
 from easyllm.core.json_types import Json, JsonObject
 
 WEIGHTS = "model.safetensors"
@@ -165,6 +166,19 @@ def read_tensor(handle: Json, name: str, path: Path) -> Tensor:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({reason})") from None
     return tensor
+
+
+def check_values(tensor: Tensor, name: str, path: Path) -> None:
+    """Refuses a tensor with values that no computation can use.
+
+    Raises:
+        CheckpointError: floating-point values are NaN or infinite.
+    """
+    if tensor.is_floating_point() and not all_finite(tensor):
+        raise CheckpointError(
+            f"{name} of {path} contains NaN or infinite values; copy the checkpoint again, or use "
+            "one from before the training diverged"
+        )
 
 
 def write_tensors(

@@ -243,8 +243,11 @@ def _compared(
 def _answers(
     model: str, data: Path, loads: dict[str, Any], max_tokens: int, *, json_output: bool
 ) -> None:
-    from easyllm.evaluate import evaluate_answers
+    from easyllm.evaluate.answers import evaluate_answers
+    from easyllm.examples.conversations import conversations
+    from easyllm.examples.data_file import read_rows
 
+    list(conversations(read_rows(data)))  # a mistake in a row is told before the model is loaded
     report = evaluate_answers(load_llm(model, quiet=True, **loads), data, max_tokens=max_tokens)
     if json_output:
         print_json(report.as_dict())
@@ -263,10 +266,11 @@ def _perplexity(
     model: str, data: Path, loads: dict[str, Any], windows: dict[str, Any], *, json_output: bool
 ) -> None:
     from easyllm.core.device import pick_device
-    from easyllm.evaluate.text_perplexity import perplexity_of_file
+    from easyllm.evaluate.text_perplexity import check_text_file, perplexity_of_file
     from easyllm.models import load_model, load_tokenizer, split_adapter
 
     source, folder = split_adapter(model, loads.pop("adapter"))
+    check_text_file(data, key=windows.get("key", "text"))
     on = pick_device("auto").type
     values = {"dtype": "float32" if on == "cpu" else "bfloat16", **loads}
     loaded = load_model(source, device=on, adapter=folder, **values)

@@ -1,6 +1,7 @@
 """The tasks of `easyllm eval` with items: local ones, lm-eval's, and the comparison of two runs."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,9 @@ def show_task(
     """
     from easyllm.cli.sampling import load_llm, sampling_params
     from easyllm.evaluate.task_config import load_task
-    from easyllm.evaluate.task_prompts import PromptForm, check_form
+    from easyllm.evaluate.task_prompts import PromptForm, check_form, check_form_of_task
     from easyllm.evaluate.task_report import result_of, write_result, write_settings
-    from easyllm.evaluate.task_run import TaskRunner
+    from easyllm.evaluate.task_run import TaskRunner, check_run_folder
     from easyllm.prompt.library import system_message
 
     task = load_task(name)
@@ -54,16 +55,21 @@ def show_task(
         flag = sorted(unread)[0].replace("_", "-")
         raise ConfigError(f"task {task.name!r} generates nothing; leave out --{flag}")
     output: Path | None = given.get("output")
+    asked = PromptForm(
+        likelihood=likelihood, chat=given.get("chat", False), thinking=given.get("thinking")
+    )
+    check_form_of_task(task, asked)
+    sampling = {"temperature": 0.0}
+    sampling |= {k: given[k] for k in ("max_tokens", "temperature", "seed") if k in given}
+    params = sampling_params(sampling)
+    if output is not None:
+        check_run_folder(output)
     llm = load_llm(model, quiet=json_output, **loads)
     generates = task.kind != "text" and not likelihood
     chat = given.get("chat", generates and llm.tokenizer.chat_template is not None)
-    form = PromptForm(likelihood=likelihood, chat=chat, thinking=given.get("thinking"))
+    form = replace(asked, chat=chat)
     check_form(llm, task, form)
-    sampling = {"temperature": 0.0}
-    sampling |= {k: given[k] for k in ("max_tokens", "temperature", "seed") if k in given}
-    runner = TaskRunner(
-        llm, model, task, form, shots=shots, params=sampling_params(sampling), output=output
-    )
+    runner = TaskRunner(llm, model, task, form, shots=shots, params=params, output=output)
     if output is not None:
         write_settings(output, runner.settings)
     run = runner.run(items)
@@ -82,7 +88,7 @@ def show_lm_eval(
         ConfigError, SourceError: lm-eval is not installed, or has no such task; or an option is
             wrong.
     """
-    from easyllm.evaluate.harness import run_lm_eval
+    from easyllm.evaluate.harness import check_lm_eval, run_lm_eval
 
     output: Path | None = given.get("output")
     options: dict[str, Any] = {
@@ -100,6 +106,7 @@ def show_lm_eval(
     else:
         from easyllm.cli.sampling import load_llm
 
+        check_lm_eval(names, options["include"])  # before the model is loaded
         llm = load_llm(model, quiet=json_output, **loads)
         result = run_lm_eval(names, llm=llm, source=model, **options)
     _print(result, json_output=json_output)

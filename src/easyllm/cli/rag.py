@@ -142,13 +142,18 @@ def ask(
 
         easyllm rag ask runs/docs-index "..." --model qwen-folder --expand 1 --json
     """
+    from easyllm.core.errors import ConfigError
     from easyllm.engine import LLM
+    from easyllm.engine.loading import check_generator
     from easyllm.retrieval.ask import Reader
     from easyllm.retrieval.generator import EngineGenerator
     from easyllm.retrieval.search import open_retriever
     from easyllm.retrieval.sources import changed_sources
 
     config = checked_flags(AskConfig, {**finding, **answer}, FINDING, ANSWER)
+    if not question.strip():
+        raise ConfigError("the question is empty; give a text to search for")
+    check_generator(model)  # before the embedder is loaded
     retriever = open_retriever(folder, embedder)
     found = Reader(retriever, EngineGenerator(LLM(model)), config).ask(question)
     changed = changed_sources(retriever.index.state, {p.document for p in found.passages})
@@ -284,6 +289,7 @@ def _evaluated(
     """
     from easyllm.core.errors import ConfigError
     from easyllm.embed.embedder import load_embedder
+    from easyllm.engine.loading import check_generator
     from easyllm.retrieval.evaluate import paragraph_retriever
     from easyllm.retrieval.question_files import read_questions
     from easyllm.retrieval.search import open_retriever
@@ -293,6 +299,8 @@ def _evaluated(
         raise ConfigError(f"{file} contains its own paragraphs; leave --index out")
     if not given.paragraphs and folder is None:
         raise ConfigError(f"{file} contains questions only; name their index with --index FOLDER")
+    if model is not None:
+        check_generator(model)
     if folder is not None:
         return _figures(open_retriever(folder, embedder), given, model)
     config = checked_flags(ChunkConfig, chunks, CHUNKS)

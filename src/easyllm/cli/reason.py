@@ -117,6 +117,7 @@ def reason_about(
     from easyllm.cli.sampling import load_llm
     from easyllm.prompt.ask import ModelAsker
     from easyllm.prompt.library import system_message
+    from easyllm.prompt.reasoning import check_method
 
     given = checked_flags(ReasonOptions, options, REASON, source="options of reasoning")
     if (question is None) == (data is None):
@@ -124,22 +125,28 @@ def reason_about(
     shown = _examples(examples, given.kind) if examples is not None else []
     if given.select is not None and (not shown or data is None):
         raise ConfigError("--select chooses from --examples by --data; give both")
-    rows = _rows(data, given) if data is not None else []
+    rows, tuning = _rows(data, given) if data is not None else [], list[tuple[str, str]]()
+    if given.select is not None:
+        rows, tuning = rows[given.select_on :], rows[: given.select_on]
+        if not rows:
+            raise ConfigError(
+                f"--select-on {given.select_on} leaves none of the {len(tuning)} questions of "
+                "--data; lower it"
+            )
+    questions = [question] if question is not None else [asked for asked, _ in rows]
+    check_method(given.method, questions, examples=len(shown), samples=given.samples)
+    system = system_message(given.system) if given.system else ""
     llm = load_llm(model, quiet=json_output, adapter=adapter, **loading)
     ask = ModelAsker(
         llm,
         max_tokens=given.max_tokens,
         seed=given.seed,
         chat=llm.tokenizer.chat_template is not None,
-        system=system_message(given.system) if given.system else "",
+        system=system,
     )
     history = None
     if given.select is not None:
-        rows, tuning = rows[given.select_on :], rows[: given.select_on]
-        if not rows:
-            raise ConfigError(f"--select-on {given.select_on} leaves no question; lower it")
         shown, history = _selected(ask, shown, tuning, given)
-    questions = [question] if question is not None else [asked for asked, _ in rows]
     found = _reason(ask, questions, shown, given)
     result = _result(found, [right for _, right in rows], given)
     result |= {"model": model, "examples": len(shown), "generated_tokens": ask.tokens}

@@ -27,10 +27,10 @@ def texts_of(source: "SourceConfig") -> Iterator[str]:
     """
     from easyllm.core.errors import DataError
     from easyllm.core.progress import track
-    from easyllm.corpus.sources import list_splits
+    from easyllm.corpus.sources import FIX, list_splits
 
     try:
-        splits = list_splits("text", source)
+        splits = list_splits("text", source, remedy=FIX)
     except DataError as error:
         flag = " (--text-key)" if "text_key" in str(error) else ""
         raise DataError(f"{error}{flag}") from None
@@ -42,7 +42,7 @@ def _read_texts(split: "Split", source: "SourceConfig") -> Iterator[str]:
     from easyllm.core.errors import DataError
     from easyllm.corpus.document import Document
     from easyllm.corpus.document_fields import EMPTY_TEXT
-    from easyllm.corpus.sources import read_split
+    from easyllm.corpus.sources import FIX, read_split
 
     for item in read_split(split, source.model_copy(update={"on_error": "skip"})):
         if isinstance(item, Document):
@@ -51,7 +51,7 @@ def _read_texts(split: "Split", source: "SourceConfig") -> Iterator[str]:
             is_key = item.reason.startswith(
                 (f"no key {source.text_key!r}", f"{source.text_key!r} is")
             )
-            remedy = "name the key of the text with --text-key" if is_key else "fix or remove it"
+            remedy = "name the key of the text with --text-key" if is_key else FIX
             raise DataError(f"{item.location}: {item.reason}; {remedy}")
 
 

@@ -104,7 +104,9 @@ def train(
     from easyllm.tokenizer.train import train_tokenizer, vocab_size_warning
     from easyllm.tokenizer.train_config import TokenizerConfig
 
-    values = apply_overrides(read_yaml(config) if config is not None else {}, change or [])
+    values = apply_overrides(
+        read_yaml(config, what="configuration") if config is not None else {}, change or []
+    )
     values["model"] = {"kind": "bpe"} | values.get("model", {}) | ({"kind": kind} if kind else {})
     flags = {"vocab_size": vocab_size, "special_tokens": special, "chat_template": chat_template}
     values |= {name: value for name, value in flags.items() if value is not None}

@@ -14,17 +14,21 @@ MAX_DEPTH, MAX_VALUES = 100, 1_000_000
 """Bounds on nesting and on the number of values, aliases expanded."""
 
 
-def read_yaml(path: Path) -> JsonObject:
+def read_yaml(path: Path, *, what: str = "recipe") -> JsonObject:
     """Returns the mapping stored in a YAML file.
+
+    Args:
+        path: the file.
+        what: what it should describe, for messages.
 
     Raises:
         SourceError: the file does not exist.
         ConfigError: the file is not valid YAML, or its content is not a mapping.
     """
     if path.is_dir():
-        raise SourceError(f"recipe {str(path)!r} is a folder; name a YAML file")
+        raise SourceError(f"{what} {str(path)!r} is a folder; name a YAML file")
     if not path.is_file():
-        raise SourceError(f"recipe {str(path)!r} does not exist; name a YAML file")
+        raise SourceError(f"{what} {str(path)!r} does not exist; name a YAML file")
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -54,6 +54,9 @@ from easyllm.corpus.files.tables import (
 
 SPLIT_BYTES = 1 << 26
 """Default size of a split."""
+FIX = "fix or remove it"
+FIX_OR_SKIP = f"{FIX}, or set on_error: skip"
+"""What an error about a bad row advises: the second where users write the source themselves."""
 OPENING_BYTES = 1 << 12
 """Minimum size that a file counts as, since opening a file takes as long as reading about this many
 bytes."""
@@ -180,7 +183,13 @@ def source_files(config: SourceConfig) -> list[SourceFile]:
     return find_files(config.paths, None if config.format == "auto" else config.format)
 
 
-def list_splits(name: str, config: SourceConfig, *, split_bytes: int = SPLIT_BYTES) -> list[Split]:
+def list_splits(
+    name: str,
+    config: SourceConfig,
+    *,
+    split_bytes: int = SPLIT_BYTES,
+    remedy: str = FIX_OR_SKIP,
+) -> list[Split]:
     """Divides a source into splits of about `split_bytes`.
 
     Reading the splits in sequence yields the documents of the source in order. Large uncompressed
@@ -190,6 +199,7 @@ def list_splits(name: str, config: SourceConfig, *, split_bytes: int = SPLIT_BYT
     Args:
         name: name of the source.
         split_bytes: target size of a split in bytes.
+        remedy: what an error about a damaged file advises.
 
     Raises:
         SourceError: a path matches nothing, or its format is unknown.
@@ -208,12 +218,19 @@ def list_splits(name: str, config: SourceConfig, *, split_bytes: int = SPLIT_BYT
             "but it has no text files; remove the option"
         )
     _require_packages(files)
-    parts = [part for file in files for part in _parts(file, config, split_bytes)]
+    parts = [part for file in files for part in _parts(file, config, split_bytes, remedy)]
     return [Split(source=name, parts=group) for group in _grouped(parts, split_bytes)]
 
 
-def read_split(split: Split, config: SourceConfig) -> Iterator[Document | BadRow]:
+def read_split(
+    split: Split, config: SourceConfig, *, remedy: str = FIX_OR_SKIP
+) -> Iterator[Document | BadRow]:
     """Yields the documents of a split in order, with a `BadRow` for each invalid row.
+
+    Args:
+        split: the split.
+        config: its source.
+        remedy: what an error about a bad row advises.
 
     Raises:
         DataError: with `on_error=stop`, at the first bad row; the message gives file and line. An
@@ -223,9 +240,7 @@ def read_split(split: Split, config: SourceConfig) -> Iterator[Document | BadRow
     for part in split.parts:
         for item in _read_part(part, split.source, config):
             if config.on_error == "stop" and isinstance(item, BadRow) and item.reason != EMPTY_TEXT:
-                raise DataError(
-                    f"{item.location}: {item.reason}; fix or remove it, or set on_error: skip"
-                )
+                raise DataError(f"{item.location}: {item.reason}; {remedy}")
             yield item
 
 
@@ -241,7 +256,7 @@ def _require_packages(files: Iterable[SourceFile]) -> None:
             optional("pyarrow", "compressed .zst files")
 
 
-def _parts(file: SourceFile, config: SourceConfig, split_bytes: int) -> Iterator[Part]:
+def _parts(file: SourceFile, config: SourceConfig, split_bytes: int, remedy: str) -> Iterator[Part]:
     """Yields the complete file, or ranges of it if it is large and can be read in parts."""
     path, kind = file.path, file.format
     whole = Part(path=path, name=file.name, format=kind, num_bytes=os.path.getsize(path))
@@ -262,9 +277,7 @@ def _parts(file: SourceFile, config: SourceConfig, split_bytes: int) -> Iterator
             yield whole
     except DamagedFile as error:
         if config.on_error == "stop":
-            raise DataError(
-                f"{file.name}: {error}; fix or remove it, or set on_error: skip"
-            ) from None
+            raise DataError(f"{file.name}: {error}; {remedy}") from None
         yield whole  # reading it will run into the damage again and report it
 
 

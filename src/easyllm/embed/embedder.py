@@ -25,6 +25,7 @@ from easyllm.core.progress import Progress
 from easyllm.embed.bert import is_bert, load_bert, pooling_of, prefixes_of
 from easyllm.embed.e5_file import PREFIXES, read_e5
 from easyllm.models.load import load_model, load_tokenizer
+from easyllm.models.sources import locate
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.pooling import SequencePooling, pool_states
@@ -194,6 +195,11 @@ def load_embedder(source: str, *, pooling: SequencePooling | None = None) -> Emb
             prefixes=prefixes_of(folder),
             max_tokens=model.config.max_seq_len,
         )
+    try:
+        locate(source)
+    except SourceError as error:
+        names = ", ".join(PACKAGES)
+        raise SourceError(f"{error}; models made for embeddings are {names}") from None
     return embedder_of(
         load_model(source, dtype="float32"), load_tokenizer(source), pooling or "mean", name=source
     )

@@ -14,6 +14,19 @@ from easyllm.nn.decoder import Decoder
 from easyllm.quant import schemes
 
 
+def check_generator(source: str | Path) -> None:
+    """Checks, before anything is loaded, that there is a model that generates text.
+
+    Args:
+        source: a model, or the folder of an adapter.
+
+    Raises:
+        SourceError, CheckpointError: there is no such model, or a file of it is damaged.
+        ConfigError: the model generates no text.
+    """
+    check_generates(open_source(split_adapter(source)[0]).config)
+
+
 def load_generator(
     source: str | Path,
     options: LLMOptions,
@@ -43,8 +56,8 @@ def load_generator(
     base, file = open_adapted(source, adapter)
     opened = open_source(base, context=context)
     check_generates(opened.config)
-    if options.draft not in (None, NGRAM):
-        check_generates(open_source(split_adapter(options.draft)[0]).config)
+    if options.draft is not None and options.draft != NGRAM:
+        check_generator(options.draft)
     check_weights_fit(
         opened.weight_bytes,
         weights,
@@ -58,4 +71,4 @@ def load_generator(
     return model, opened
 
 
-__all__ = ["load_generator"]
+__all__ = ["check_generator", "load_generator"]

@@ -23,6 +23,7 @@ from easyllm.evaluate.judge_client import JudgeClient, JudgeError
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM as HarnessModel
+    from lm_eval.tasks import TaskManager
 
     from easyllm.engine.llm import LLM
 
@@ -170,6 +171,33 @@ def generation_params(options: JsonObject, *, max_len: int) -> SamplingParams:
     return SamplingParams(stop=stops, max_tokens=min(wanted, max_len - 1), **values)
 
 
+def check_lm_eval(tasks: Sequence[str], include: Path | None = None) -> "TaskManager":
+    """Returns lm-eval's index of tasks, after a check that it has some.
+
+    Args:
+        tasks: names of tasks.
+        include: folder with further task files.
+
+    Raises:
+        ConfigError: lm-eval is not installed.
+        SourceError: it has no such task, or there is no such folder.
+    """
+    _lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    if include is not None and not include.is_dir():
+        state = "is a file" if include.exists() else "does not exist"
+        raise SourceError(f"--include {str(include)!r} {state}; give a folder with task files")
+    manager = TaskManager(include_path=None if include is None else str(include))
+    for name in tasks:
+        if name not in manager.all_tasks:
+            raise SourceError(
+                f"lm-eval has no task {name!r}; list them with lm-eval ls tasks, or give the folder"
+                " of your own with --include"
+            )
+    return manager
+
+
 def run_lm_eval(
     tasks: Sequence[str],
     *,
@@ -199,16 +227,7 @@ def run_lm_eval(
         ConfigError: lm-eval is not installed.
         SourceError: it has no such task.
     """
-    lm_eval = _lm_eval()
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=None if include is None else str(include))
-    for name in tasks:
-        if name not in manager.all_tasks:
-            raise SourceError(
-                f"lm-eval has no task {name!r}; list them with lm-eval ls tasks, or give the folder"
-                " of your own with --include"
-            )
+    lm_eval, manager = _lm_eval(), check_lm_eval(tasks, include)
     values: dict[str, Any] = {"model": harness_model(llm)} if llm is not None else _client(url)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -304,4 +323,4 @@ def _lm_eval() -> ModuleType:
     return found
 
 
-__all__ = ["generation_params", "harness_model", "run_lm_eval"]
+__all__ = ["check_lm_eval", "generation_params", "harness_model", "run_lm_eval"]

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from easyllm.batches.packing import Batch, pack
-from easyllm.core.errors import ConfigError, DataError
+from easyllm.core.errors import CheckpointError, ConfigError, DataError
 from easyllm.core.json_types import JsonObject
 from easyllm.corpus.token_bytes import token_bytes
 from easyllm.examples.sample import Sample
@@ -188,6 +188,11 @@ def _mean_loss(model: Decoder, batches: Iterable[Batch]) -> MeanLoss:
 def _result(loss: MeanLoss, num_bytes: int) -> Perplexity:
     if loss.num_terms == 0:
         raise DataError("there is nothing to score: no text has a second token; give longer texts")
+    if math.isnan(loss.nats):
+        raise CheckpointError(
+            "the loss is NaN: the model computes values that are not finite; copy its files again, "
+            "or load it in float32 if they are whole"
+        )
     return Perplexity(
         loss_nats=loss.nats,
         perplexity=math.exp(loss.nats) if loss.nats < 700 else math.inf,

@@ -146,7 +146,7 @@ def load_task(source: str) -> TaskConfig:
     """
     path = Path(source).expanduser()
     if path.suffix in (".yaml", ".yml", ".json"):
-        values = read_yaml(path)  # JSON is YAML
+        values = read_yaml(path, what="task")  # JSON is YAML
         return validate(TaskConfig, {"name": path.stem, **values}, source=str(path))
     names = task_names()
     if source not in names:

@@ -49,7 +49,8 @@ def read_items(
         DataError: the file cannot be read, is empty, or lacks a field that the task names.
     """
     if not path.is_file():
-        raise DataError(f"the file {str(path)!r} does not exist; give the data of {task.name}")
+        state = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{str(path)!r} {state}; give the file with the data of {task.name}")
     if (references is not None) != (task.reader == "lines"):
         if references is not None:
             raise DataError(

@@ -32,24 +32,33 @@ def check_form(llm: LLM, task: TaskConfig, form: PromptForm) -> None:
     Raises:
         ConfigError: see the message.
     """
+    check_form_of_task(task, form)
     if form.chat and llm.tokenizer.chat_template is None:
         raise ConfigError("the model has no chat template; leave out --chat")
+    if form.thinking is None:
+        return
+    reasoning = llm.tokenizer.reasoning
+    if not form.chat or reasoning is None or reasoning.template_kwargs(form.thinking) is None:
+        raise ConfigError(
+            "the model's chat template has no switch for thinking; leave out --thinking"
+        )
+
+
+def check_form_of_task(task: TaskConfig, form: PromptForm) -> None:
+    """Refuses a form that the task does not have, whatever the model is.
+
+    Raises:
+        ConfigError: see the message.
+    """
     if form.chat and (form.likelihood or task.kind == "text"):
         raise ConfigError(
             "likelihoods are those of plain text after a plain prompt; leave out --chat, or add "
             "--choices generated"
         )
-    if form.thinking is None:
-        return
-    if form.likelihood or task.kind == "text":
+    if form.thinking is not None and (form.likelihood or task.kind == "text"):
         raise ConfigError(
             f"task {task.name!r} scores given texts by their likelihood, so there is no response "
             "in which the model could think; leave out --thinking, or add --choices generated"
-        )
-    reasoning = llm.tokenizer.reasoning
-    if not form.chat or reasoning is None or reasoning.template_kwargs(form.thinking) is None:
-        raise ConfigError(
-            "the model's chat template has no switch for thinking; leave out --thinking"
         )
 
 
@@ -125,6 +134,7 @@ def final_text(
 __all__ = [
     "PromptForm",
     "check_form",
+    "check_form_of_task",
     "encoded",
     "final_text",
     "messages_of",

@@ -162,10 +162,8 @@ class TaskRunner:
                 raise ConfigError(
                     f"{str(output)!r} holds another evaluation: {difference}; give a new folder"
                 )
-        elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ConfigError(
-                f"{str(output)!r} exists and is not an evaluation; give a new folder with --output"
-            )
+        else:
+            check_run_folder(output)
         return output / RESPONSES
 
     def _key(self, prompt: object) -> str:
@@ -301,9 +299,23 @@ def encode_pair(
     return tuple(whole[:start]), tuple(whole[start:])
 
 
+def check_run_folder(output: Path) -> None:
+    """Checks that a folder is new, empty or an evaluation, before a model is loaded.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if (output / SETTINGS).is_file() or not output.exists():
+        return
+    if not output.is_dir() or any(output.iterdir()):
+        raise ConfigError(
+            f"{str(output)!r} exists and is not an evaluation; give a new folder with --output"
+        )
+
+
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-__all__ = ["RESPONSES", "SETTINGS", "TaskRun", "TaskRunner", "encode_pair"]
+__all__ = ["RESPONSES", "SETTINGS", "TaskRun", "TaskRunner", "check_run_folder", "encode_pair"]

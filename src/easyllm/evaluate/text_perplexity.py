@@ -9,7 +9,7 @@ from pathlib import Path
 from easyllm.core.errors import DataError
 from easyllm.core.json_types import JsonObject
 from easyllm.corpus.document import Document
-from easyllm.corpus.sources import SourceConfig, list_splits, read_split
+from easyllm.corpus.sources import FIX, SourceConfig, list_splits, read_split
 from easyllm.evaluate.perplexity import Perplexity, perplexity, window_of
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
@@ -66,18 +66,13 @@ def perplexity_of_file(
         ConfigError: the window or stride is out of range, or the model is not causal.
         DataError: the file cannot be read, or has nothing to score.
     """
-    if not Path(path).is_file():
-        raise DataError(f"the file {str(path)!r} does not exist; give a file of texts")
     words = texts = 0
 
     def counted() -> Iterator[str]:
         nonlocal words, texts
-        source = SourceConfig(paths=(str(path),), on_error="stop", text_key=key)
-        for split in list_splits("text", source):
-            for item in read_split(split, source):
-                if isinstance(item, Document):
-                    words, texts = words + len(WORD.findall(item.text)), texts + 1
-                    yield item.text
+        for text in _texts(path, key):
+            words, texts = words + len(WORD.findall(text)), texts + 1
+            yield text
 
     window, step = window_of(model, context, stride)
     found = perplexity(model, tokenizer, counted(), context=window, stride=step)
@@ -92,4 +87,29 @@ def perplexity_of_file(
     )
 
 
-__all__ = ["TextPerplexity", "perplexity_of_file"]
+def check_text_file(path: str | Path, *, key: str = "text") -> None:
+    """Checks that a file can be read and begins with a text, before a model is loaded.
+
+    Args:
+        path, key: as for `perplexity_of_file`.
+
+    Raises:
+        DataError: it cannot be read, or has no text.
+    """
+    if next(_texts(path, key), None) is None:
+        raise DataError(f"the file {str(path)!r} has no text; give a file of texts")
+
+
+def _texts(path: str | Path, key: str) -> Iterator[str]:
+    """Yields the texts of a file."""
+    if not Path(path).is_file():
+        state = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise DataError(f"{str(path)!r} {state}; give a file of texts")
+    source = SourceConfig(paths=(str(path),), on_error="stop", text_key=key)
+    for split in list_splits("text", source, remedy=FIX):
+        for item in read_split(split, source, remedy=FIX):
+            if isinstance(item, Document):
+                yield item.text
+
+
+__all__ = ["TextPerplexity", "check_text_file", "perplexity_of_file"]

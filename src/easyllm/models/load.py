@@ -14,11 +14,10 @@ from easyllm.checkpoint.file_state import FileState
 from easyllm.checkpoint.gguf import GGUFFile
 from easyllm.checkpoint.gguf_parts import SplitGGUF, open_gguf
 from easyllm.checkpoint.keymap import Binding, KeyMap
-from easyllm.checkpoint.store import TensorFolder
+from easyllm.checkpoint.store import TensorFolder, check_values
 from easyllm.core.config import first_problem
 from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, ConfigError, EasyllmError
-from easyllm.core.finite import all_finite
 from easyllm.core.paths import expanded
 from easyllm.models.context import ContextConfig, extend_context
 from easyllm.models.gguf_import import GGUFTensors, hf_config, kept_type
@@ -161,6 +160,7 @@ class OpenSource:
                     f"{binding.theirs} of {self.path} has dtype {loaded.dtype}, but no scales that "
                     "belong to it were found; copy the checkpoint again"
                 )
+            check_values(loaded, binding.theirs, self.path)
             parts = binding.rule.split(loaded)
             for name, part in zip(binding.ours, parts, strict=True):
                 kept = dtype or part.dtype
@@ -261,11 +261,7 @@ class OpenSource:
         assert self.packed is not None, "the binding is packed"
         assert self.packed.from_file is not None, "a format with file tensors can read them"
         for ending, tensor in found.items():
-            if tensor.is_floating_point() and not all_finite(tensor):
-                raise CheckpointError(
-                    f"{binding.packed[ending]} of {self.path} contains NaN or infinite values; "
-                    "copy the checkpoint again"
-                )
+            check_values(tensor, binding.packed[ending], self.path)
         try:
             storage = self.packed.from_file(found, shape, dtype)
         except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:

@@ -95,6 +95,28 @@ PHRASES: dict[Language, Phrases] = {
 }
 
 
+def check_method(
+    method: Method, questions: Sequence[str], *, examples: int = 0, samples: int = 1
+) -> None:
+    """Checks what a method is given, before a model is loaded.
+
+    Args:
+        method, questions, samples: as for `reason`.
+        examples: number of the examples.
+
+    Raises:
+        ConfigError: an option does not fit the method, or a question is empty.
+    """
+    if any(not question.strip() for question in questions):
+        raise ConfigError("a question is empty; give one that the model can answer")
+    if method == "few-shot" and not examples:
+        raise ConfigError("few-shot needs examples; give --examples FILE, or use zero-shot")
+    if examples and method != "few-shot":
+        raise ConfigError(f"{method} reads no examples; leave them out, or use few-shot")
+    if samples > 1 and method in ("tree", "least-to-most"):
+        raise ConfigError(f"a vote is of independent replies, not of {method}; set samples to 1")
+
+
 def reason(
     ask: Asker,
     questions: Sequence[str],
@@ -124,12 +146,7 @@ def reason(
     Raises:
         ConfigError: an option does not fit the method.
     """
-    if method == "few-shot" and not examples:
-        raise ConfigError("few-shot needs examples; give --examples FILE, or use zero-shot")
-    if examples and method != "few-shot":
-        raise ConfigError(f"{method} reads no examples; leave them out, or use few-shot")
-    if samples > 1 and method in ("tree", "least-to-most"):
-        raise ConfigError(f"a vote is of independent replies, not of {method}; set samples to 1")
+    check_method(method, questions, examples=len(examples), samples=samples)
     words = PHRASES[language]
     if method == "tree":
         return _tree(ask, questions, kind, words, breadth, depth, temperature)
@@ -378,6 +395,7 @@ __all__ = [
     "Example",
     "Method",
     "Reasoned",
+    "check_method",
     "reason",
     "select_examples",
     "shown",

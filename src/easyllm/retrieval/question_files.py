@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from easyllm.core.errors import DataError
+from easyllm.core.errors import DataError, read_failure
 from easyllm.examples.data_file import read_rows
 
 
@@ -61,7 +61,10 @@ def _squad(path: Path) -> QuestionSet:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raise DataError(
+            f"the questions {str(path)!r} cannot be read ({read_failure(error)}); give a file in "
+            "SQuAD's format"
+        ) from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); give a file in SQuAD's format") from None
     questions, paragraphs, names = list[Question](), dict[str, str](), dict[str, str]()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from easyllm.corpus.document import Document
 from easyllm.corpus.files.paths import plain_suffix
-from easyllm.corpus.sources import SourceConfig, list_splits, read_split
+from easyllm.corpus.sources import FIX, SourceConfig, list_splits, read_split
 from easyllm.examples.conversations import detect_format
 from easyllm.examples.data_file import read_rows
 from easyllm.examples.sample import AnySample, Sample
@@ -36,8 +36,8 @@ def samples_of_file(file: str, tokenizer: Tokenizer, max_seq_len: int) -> Sequen
     source = SourceConfig(paths=(file,), on_error="stop")
     texts = (
         item.text
-        for split in list_splits("text", source)
-        for item in read_split(split, source)
+        for split in list_splits("text", source, remedy=FIX)
+        for item in read_split(split, source, remedy=FIX)
         if isinstance(item, Document)
     )
     return [sample for text in texts for sample in _windows(tokenizer.encode(text), max_seq_len)]
