@@ -10,6 +10,7 @@ ChatGLMTokenizer   ice_text.model   whitespace as `<n>`, `<|tab|>`, `<|blank_2|>
                                     `<sop>` after a text; turns as `[Round 0]`, 问 and 答
 ChatGLMTokenizer   tokenizer.model  `[gMASK]` and `sop` before a text; turns as `[Round 1]`, or with
                                     role tokens (ChatGLM3)
+ChatGLM4Tokenizer  tokenizer.model  a vocabulary of tiktoken; `[gMASK]` and `<sop>` before a text
 """
 
 import json
@@ -25,7 +26,7 @@ from easyllm.tokenizer.sentencepiece import Piece, PieceType, SentencePieceModel
 
 ICE_FILE = "ice_text.model"
 GENERATION_FILE = "generation_config.json"
-CHATGLM = "ChatGLMTokenizer"
+CHATGLM, CHATGLM4 = "ChatGLMTokenizer", "ChatGLM4Tokenizer"
 BAICHUAN = ("BaichuanTokenizer", "BaiChuanTokenizer")
 MAX_BLANKS = 80
 """Longest run of spaces that ChatGLM-6B has a token for."""
@@ -123,6 +124,8 @@ class AuthorsClass:
             _surround(backend, after=("[gMASK]", "<sop>"))
         elif self.is_second:
             _surround(backend, before=("[gMASK]", "sop"))
+        elif self.name == CHATGLM4:
+            _surround(backend, before=("[gMASK]", "<sop>"))
 
     def template(self, folder: Path, backend: Backend) -> str | None:
         """Returns the chat template of the family; None for a model without one."""

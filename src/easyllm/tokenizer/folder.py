@@ -1,6 +1,6 @@
 """Loading the tokenizer of a Hugging Face folder.
 
-The tokenizer itself is in `tokenizer.json` or in a SentencePiece `tokenizer.model`.
+The tokenizer itself is in `tokenizer.json` or in a SentencePiece (or tiktoken) `tokenizer.model`.
 `tokenizer_config.json` may contain tokens, flags and templates that `tokenizer.json` lacks; older
 folders have `special_tokens_map.json` and `added_tokens.json` for the same purpose. If no file
 defines a special token, the default of the tokenizer's `transformers` class applies. All files are
@@ -30,6 +30,7 @@ from easyllm.tokenizer.sentencepiece import (
     read_model_file,
     special_tokens,
 )
+from easyllm.tokenizer.tiktoken_file import is_tiktoken, tiktoken_backend
 
 TOKENIZER_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 CONFIG_FILE, MODEL_FILE = "tokenizer_config.json", "config.json"
@@ -140,6 +141,8 @@ def read_folder(folder: Path) -> FolderTokenizer:
         defaults = _class_tokens(kind, backend)
         if kind in _SPACE_BEFORE and isinstance(config.get("add_prefix_space"), bool):
             backend = _with_space_before(backend, config["add_prefix_space"])
+    elif is_tiktoken(file):
+        backend, defaults = tiktoken_backend(file, kind), {}
     else:
         backend, defaults = _from_sentencepiece(file, config, added, authors)
     named = {

@@ -209,6 +209,21 @@ def test_a_configuration_of_another_size_names_a_few_tensors(folder):
     assert "and 8 more" in message
 
 
+def test_ten_of_many_missing_and_of_many_further_tensors_are_named(folder):
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    dropped = sorted(name for name in tensors if ".layers." in name)[:13]
+    kept = {name: values for name, values in tensors.items() if name not in dropped}
+    further = {f"model.further.{n:02}": torch.zeros(2) for n in range(12)}
+    write_tensors(folder / WEIGHTS, kept | further)
+    message = unsupported_reason(folder)
+    assert "13 missing: " in message
+    assert "12 unexpected: " in message
+    assert sum(name in message for name in dropped) == 10
+    assert sum(name in message for name in further) == 10
+    assert "and 3 more" in message
+    assert "and 2 more" in message
+
+
 def test_redundant_buffers_are_ignored(folder, tiny_model):
     tensors, _ = read_tensors(folder / WEIGHTS)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
