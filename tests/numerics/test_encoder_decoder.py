@@ -7,8 +7,11 @@ from transformers import AutoConfig, T5EncoderModel, T5ForConditionalGeneration
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.engine import LLM, SamplingParams
 from easyllm.models import load_model, save_model
+from easyllm.models.hf_config import write_config
 from easyllm.nn import EncoderDecoder
+from easyllm.nn.config import GLUConfig, MoEConfig
 from easyllm.nn.context import ForwardContext
+from easyllm.nn.position_config import Alibi
 
 SIZES = {
     "vocab_size": 211,
@@ -159,6 +162,21 @@ def test_an_unknown_feed_forward_is_refused(tmp_path):
     tiny(feed_forward_proj="gated-silu").save_pretrained(tmp_path / "hf")
     with pytest.raises(CheckpointError, match="feed_forward_proj='gated-silu'"):
         load_model(tmp_path / "hf")
+
+
+def test_parts_that_t5_lacks_are_not_written(both):
+    _, model = both
+    layer = model.config.layers[0]
+    experts = MoEConfig(num_experts=2, experts_per_token=1, expert=GLUConfig(intermediate_size=8))
+    for changes in (
+        {"feed_forward": experts},
+        {"mixer": layer.mixer.model_copy(update={"position": Alibi()})},
+        {"mixer": layer.mixer.model_copy(update={"softcap": 30.0})},
+    ):
+        changed = layer.model_copy(update=changes)
+        config = model.config.changed(layers=(changed,) * model.config.num_layers)
+        with pytest.raises(CheckpointError, match="'t5' cannot represent this model"):
+            write_config(config)
 
 
 def test_the_table_of_positions_is_shared_and_copied_with_the_model(both):
