@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from easyllm.cli.main import app
-from easyllm.cli.ranks import without_flag
+from easyllm.cli.ranks import without_flags
 from easyllm.core.errors import ConfigError
 from easyllm.core.yaml_text import dump_yaml
 from easyllm.train import Callback, TrainConfig, train
@@ -138,8 +138,11 @@ def test_one_process_resumes_the_checkpoint_of_two(recipe, sharded):
 
 
 def test_the_flag_of_the_launcher_is_not_passed_on():
-    assert without_flag(["train", "x", "--nproc", "2", "a=1"]) == ["train", "x", "a=1"]
-    assert without_flag(["train", "--nproc=2", "x"]) == ["train", "x"]
+    assert without_flags(["train", "x", "--nproc", "2", "a=1"]) == ["train", "x", "a=1"]
+    assert without_flags(["train", "--nproc=2", "x"]) == ["train", "x"]
+    words = ["train", "x", "--restarts", "3", "--nproc", "3", "--json"]
+    assert without_flags(words) == ["train", "x", "--json"]
+    assert without_flags(["train", "x", "--restarts=2"]) == ["train", "x"]
 
 
 def test_a_degree_without_processes_is_refused(recipe):

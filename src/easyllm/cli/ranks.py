@@ -14,31 +14,50 @@ from easyllm.core.errors import EasyllmError
 from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import MANIFEST_FILE
 from easyllm.core.progress import Progress
-from easyllm.parallel.launch import launch
+from easyllm.parallel.launch import Failure, launch
 from easyllm.parallel.ray_train import WorkersFailed, train_on_ray
 
 if TYPE_CHECKING:
     from easyllm.train import TrainConfig
 
-FLAG = "--nproc"
+FLAGS = ("--nproc", "--restarts")
+"""Flags of the launcher."""
+FINAL = (2, 130, 143)
+"""Exit codes after which nothing is started again: a user's mistake, Ctrl-C, SIGTERM."""
 FOLLOW_S = 2.0
 """Time between two looks at the metrics of a run on a cluster."""
 
 
-def run_ranks(nproc: int) -> None:
-    """Runs this process's own command line, without `--nproc`, as the ranks of one run.
+def run_ranks(nproc: int, *, restarts: int = 0) -> None:
+    """Runs this process's own command line, without the launcher's flags, as the ranks of a run.
+
+    Args:
+        nproc: number of processes.
+        restarts: how often all are started again after one has failed; a run then resumes from its
+            newest checkpoint.
 
     Raises:
+        ConfigError: this process is itself a rank.
         typer.Exit: a rank failed; the root cause has been printed first.
     """
-    command = [sys.executable, "-m", "easyllm", *without_flag(sys.argv[1:])]
-    code, failures = launch(command, nproc)
+    command = [sys.executable, "-m", "easyllm", *without_flags(sys.argv[1:])]
+    for left in range(restarts, -1, -1):
+        code, failures = launch(command, nproc)
+        _print(failures)
+        if not code:
+            return
+        if code in FINAL or not left:
+            raise typer.Exit(code)
+        sys.stderr.write(f"starting again from the newest checkpoint; restarts left: {left - 1}\n")
+
+
+def _print(failures: list[Failure]) -> None:
+    """Prints the root cause, then the last line of each failure that says something else."""
     for number, failure in enumerate(failures):
-        prefix = "error: " if number == 0 else "then "
-        text = failure.message() if number == 0 else failure.message().splitlines()[-1]
-        sys.stderr.write(f"{prefix}{text}\n")
-    if code:
-        raise typer.Exit(code)
+        if number == 0:
+            sys.stderr.write(f"error: {failure.message()}\n")
+        elif not failure.text or failure.text != failures[0].text:
+            sys.stderr.write(f"then {failure.message().splitlines()[-1]}\n")
 
 
 def run_workers(
@@ -92,19 +111,16 @@ def _following(output: Path) -> Iterator[None]:
         thread.join()
 
 
-def without_flag(words: list[str]) -> list[str]:
-    """Returns a command line without `--nproc N` and `--nproc=N`."""
+def without_flags(words: list[str]) -> list[str]:
+    """Returns a command line without the flags of the launcher."""
     found: list[str] = []
     skip = False
     for word in words:
-        if skip or word.startswith(f"{FLAG}="):
-            skip = False
-            continue
-        if word == FLAG:
-            skip = True
+        if skip or word.partition("=")[0] in FLAGS:
+            skip = not skip and word in FLAGS  # the value is the next word
             continue
         found.append(word)
     return found
 
 
-__all__ = ["run_ranks", "run_workers", "without_flag"]
+__all__ = ["run_ranks", "run_workers", "without_flags"]

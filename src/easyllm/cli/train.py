@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from easyllm.core.json_types import JsonObject
     from easyllm.train import TrainConfig
 
-RESTARTS = 3
 Processes = Annotated[
     int,
     typer.Option(
@@ -35,9 +34,9 @@ Workers = Annotated[
 Restarts = Annotated[
     int,
     typer.Option(
-        "--restarts",
         min=0,
-        help="With --ray: how often a run that failed is continued from its last checkpoint.",
+        help="How often the processes are started again, from the newest checkpoint, when one has "
+        "failed.",
     ),
 ]
 AllowChange = Annotated[
@@ -68,7 +67,7 @@ def train(
     allow_change: AllowChange = False,
     nproc: Processes = 1,
     ray: Workers = None,
-    restarts: Restarts = RESTARTS,
+    restarts: Restarts = 0,
     json_output: JsonFlag = False,
 ) -> None:
     r"""Train with a recipe; an interrupted run resumes.
@@ -81,7 +80,7 @@ def train(
 
         easyllm train recipe.yaml eval_every=50 --allow-change
 
-        easyllm train recipe.yaml parallel.layout=zero2 --nproc 2
+        easyllm train recipe.yaml parallel.layout=zero2 --nproc 2 --restarts 3
 
         easyllm train recipe.yaml parallel.layout=fsdp --ray 8
 
@@ -97,8 +96,6 @@ def train(
     config = load_train_recipe(path, overrides or [])
     if config.output is None:
         raise ConfigError(f"{path} sets no output folder; add output=runs/NAME")
-    if ray is None and restarts != RESTARTS:
-        raise ConfigError("--restarts is of workers of a cluster; add --ray WORKERS")
     if ray is not None and nproc > 1:
         raise ConfigError("--nproc starts processes here and --ray on a cluster; give one of them")
     if dry_run:
@@ -107,8 +104,8 @@ def train(
             print_json({"recipe": config.model_dump(mode="json"), "plan": plan.as_dict()})
         else:
             sys.stdout.write(dump_yaml(config))
-    elif nproc > 1:
-        run_ranks(nproc)
+    elif nproc > 1 or (restarts and ray is None):
+        run_ranks(nproc, restarts=restarts)
     else:
         run = partial(_run, path, config, allow_change=allow_change)
         _show(

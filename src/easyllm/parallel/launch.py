@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +103,7 @@ def _port(folder: str) -> int:
     """Returns a free port, the same for all ranks of a launch."""
     file = Path(folder) / "port"
     if not file.exists():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            file.write_text(str(probe.getsockname()[1]), encoding="ascii")
+        file.write_text(str(free_port()), encoding="ascii")
     return int(file.read_text(encoding="ascii"))
 
 
@@ -120,7 +118,7 @@ def _environment(
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_port(str(folder))),
-        "TORCHELASTIC_ERROR_FILE": str(folder / f"error-{rank}.json"),
+        "TORCHELASTIC_ERROR_FILE": str(error_file(folder, rank)),
     }
     # a machine without a network resolves its own name to an address that nobody listens on
     found.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
@@ -187,27 +185,47 @@ def _failures(
         folder: where they leave their errors.
         ended: the ranks that the launcher has ended.
     """
-    found: list[Failure] = []
-    for number, rank in enumerate(ranks):
-        code = rank.returncode
-        if not code:
-            continue
-        note: dict[str, object] = {}
-        with suppress(OSError, ValueError):
-            text = (folder / f"error-{number}.json").read_text(encoding="utf-8")
-            note = json.loads(text).get("easyllm", {})
-        found.append(
-            Failure(
-                rank=number,
-                exit_code=code,
-                time=float(str(note.get("time", 0 if code < 0 else time.time()))),
-                is_secondary=bool(note.get("lost", False)) or number in ended,
-                text=str(note.get("traceback") or note.get("sentence") or ""),
-                reported_code=int(str(note.get("exit_code", code if code > 0 else 128 - code))),
-            )
-        )
+    found = [
+        read_failure(number, rank.returncode, folder, was_ended=number in ended)
+        for number, rank in enumerate(ranks)
+        if rank.returncode
+    ]
+    return causes_first(found)
+
+
+def read_failure(rank: int, code: int, folder: Path, *, was_ended: bool) -> Failure:
+    """Returns why a rank failed, from its exit code and its error file."""
+    note: dict[str, object] = {}
+    with suppress(OSError, ValueError):
+        text = error_file(folder, rank).read_text(encoding="utf-8")
+        note = json.loads(text).get("easyllm", {})
+    return Failure(
+        rank=rank,
+        exit_code=code,
+        time=float(str(note.get("time", 0 if code < 0 else time.time()))),
+        is_secondary=bool(note.get("lost", False)) or was_ended,
+        text=str(note.get("traceback") or note.get("sentence") or ""),
+        reported_code=int(str(note.get("exit_code", code if code > 0 else 128 - code))),
+    )
+
+
+def causes_first(failures: Iterable[Failure]) -> list[Failure]:
+    """Returns failures, those that are the consequence of another one last."""
     # a rank killed by someone else left no note; it comes before those that only lost it
-    return sorted(found, key=lambda each: (each.is_secondary, each.time))
+    return sorted(failures, key=lambda each: (each.is_secondary, each.time))
 
 
-__all__ = ["Failure", "launch"]
+def error_file(folder: Path, rank: int) -> Path:
+    """Returns the file in which a rank leaves its error."""
+    return folder / f"error-{rank}.json"
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """Returns a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+__all__ = ["Failure", "causes_first", "error_file", "free_port", "launch", "read_failure"]
