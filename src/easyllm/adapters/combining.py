@@ -9,7 +9,7 @@ serves the parts and their sum at once.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -31,8 +31,8 @@ class Combined:
     """
 
     name: str
-    adapters: AdapterSet
-    factors: Mapping[str, Factors]
+    adapters: AdapterSet = field(repr=False)
+    factors: Mapping[str, Factors] = field(repr=False)  # matrices would fill an interactive session
 
     @property
     def error(self) -> float:

@@ -53,6 +53,7 @@ def lab(
     """
     from easyllm.core.errors import ConfigError
     from easyllm.lab.catalogue import find_lab
+    from easyllm.lab.lab import Text
     from easyllm.lab.page import PAGE_NAME, sentences
     from easyllm.lab.runner import check_lab, run_lab
 
@@ -70,13 +71,17 @@ def lab(
         else:
             own.append(word)
     check_lab(found, output, words=own, quick=quick)
-    sys.stderr.write(f"{found.title.of(chosen)}: about {1 if quick else found.seconds} s\n")
+    seconds = 1 if quick else found.seconds
+    about = Text(f": about {seconds} s", f"：约 {seconds} 秒")
+    sys.stderr.write(f"{found.title.of(chosen)}{about.of(chosen)}\n")
     done = run_lab(found, output, words=own, quick=quick, language=chosen)
     if json_output:
         print_json({**done.as_dict(), "folder": str(output)})
         return
     for claim in done.result.claims:
         sys.stdout.write("\n".join(sentences(claim, chosen)) + "\n")
+    used = " ".join(f"{k}={v}" for k, v in done.parameters.model_dump(mode="json").items())
+    sys.stdout.write(f"{Text('parameters: ', '参数：').of(chosen)}{used}\n")
     sys.stdout.write(f"{output / PAGE_NAME}\n")
 
 

@@ -72,7 +72,8 @@ def figures_text(figures: JsonMapping) -> dict[str, str]:
     found = {}
     for name, value in figures.items():
         is_metric = "/" in name  # named as in metrics.jsonl
-        shown = name if is_metric else name.removesuffix("_bytes").replace("_", " ")
+        plain = name.removesuffix("_bytes").replace("_nats", "").replace("_", " ")
+        shown = name if is_metric else plain
         found[shown] = _figure_text(name, value)
     return found
 
@@ -90,4 +91,9 @@ def _figure_text(name: str, value: Json) -> str:
         return f"{value / 1e9:,.2f} GB"
     if name.endswith("seconds"):
         return f"{value:,.1f} s"
+    if isinstance(value, float):
+        unit = (
+            " nats" if "_nats" in name and "/" not in name else ""
+        )  # a metric's name has its unit
+        return f"{value:,.6g}{unit}"
     return f"{value:,}"

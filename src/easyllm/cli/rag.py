@@ -263,9 +263,9 @@ def evaluate(
     rows = [
         (name, *(_with_interval(values, m) for m in METRICS)) for name, values in rankings.items()
     ]
-    print_table(
-        f"{report['n']} questions, {report['documents']} documents", ("ranking", *METRICS), rows
-    )
+    counts = ((report["n"], "question"), (report["documents"], "document"))
+    title = ", ".join(f"{n:,} {what}{'' if n == 1 else 's'}" for n, what in counts)
+    print_table(title, ("ranking", *METRICS), rows)
     for name, found in report.get("answers", {}).items():
         value = "-" if found["value"] is None else f"{found['value']:.3f}"
         sys.stdout.write(f"{name:<20} {value} ({found['n']} questions)\n")

@@ -36,6 +36,7 @@ def test_a_sum_is_exact_with_the_ranks_added_up(tmp_path, method):
     combined = combine(model, {"a": 0.7, "b": -0.3}, name="c")
     assert combined.error == 0
     assert adapter_of(model, "c") is combined.adapters
+    assert repr(combined) == "Combined(name='c')"  # without its matrices
     a, b, c = (updates(model, name) for name in "abc")
     assert c.keys() == a.keys()
     for layer, found in c.items():

@@ -147,12 +147,14 @@ def test_figures_for_people_have_units():
         "predicted_bytes": {"weights": 2e9, "peak": "loss"},
         "predicted_seconds": 1.25,
         "tokens": 5000,
-        "eval/loss_nats": 1.5,
+        "eval/loss_nats": 1.5123456789,
+        "retention_loss_nats_before": 14.520647178,
     }
     assert figures_text(figures) == {
         "peak rss": "1.26 GB",
         "predicted": "weights 2.00 GB, peak loss",
         "predicted seconds": "1.2 s",
         "tokens": "5,000",
-        "eval/loss_nats": "1.5",
+        "eval/loss_nats": "1.51235",
+        "retention loss before": "14.5206 nats",
     }

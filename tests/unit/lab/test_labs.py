@@ -81,5 +81,7 @@ def test_the_command_lists_and_runs(tmp_path):
     done = easyllm("lab", "rope-distance", "--quick", f"output={out}", "--language", "zh")
     assert done.returncode == 0, done.stderr
     assert "复现" in done.stdout
+    assert "参数：seed=0 " in done.stdout
+    assert "约 1 秒" in done.stderr
     assert str(out / "index.html") in done.stdout
     assert easyllm("lab", "rope-distance", "--language", "fr").returncode == 2
