@@ -191,13 +191,13 @@ def prepare(
         check_reference(origin, objective.reference_source)
     model = planned_model(config, origin, objective)
     context = model.max_seq_len - virtual_tokens(model, config.adapter)
+    # both are small, so their mistakes are told before the training data is prepared
+    check_samples(config.samples, origin.tokenizer, context=context)
+    kept = retention_samples(config, origin.tokenizer) if config.retention else ()
     training_data = load_training_data(config, origin.tokenizer, objective, context=context)
     if mesh is not None:
         share_data(training_data, config, mesh, objective)
-    check_samples(config.samples, origin.tokenizer, context=context)
-    if config.retention:
-        samples = retention_samples(config, origin.tokenizer)
-        training_data = replace(training_data, retention=samples)
+    training_data = replace(training_data, retention=kept)
     total_steps = count_steps(config, training_data)
     if config.adapter is not None:
         config.adapter.check_steps(total_steps)

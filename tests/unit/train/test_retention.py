@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from easyllm.core.errors import ConfigError, DataError
+from easyllm.core.errors import ConfigError, DataError, SourceError
 from easyllm.models import load_model, load_tokenizer
 from easyllm.models.adapted import load_adapted
 from easyllm.pipeline.recipe import load_train_recipe
@@ -124,3 +124,14 @@ def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_train_recipe(folder / "mine.yaml", [])
     assert config.retention == (str(folder / "kept.jsonl"),)
+
+
+def test_a_mistake_in_the_set_is_told_before_the_training_data_is_prepared(
+    recipe, tmp_path, monkeypatch
+):
+    def prepare(*_, **__):
+        raise AssertionError("the training data was prepared")
+
+    monkeypatch.setattr("easyllm.train.run.load_training_data", prepare)
+    with pytest.raises(SourceError, match=r"gone\.txt' matches no file"):
+        train(recipe(retention=[str(tmp_path / "gone.txt")]), tmp_path / "run")
