@@ -69,6 +69,9 @@ def test_full_weights_become_a_gguf_file(tmp_path):
     done = easyllm("convert", str(tmp_path / "m"), str(tmp_path / "n.gguf"), "--type", "q4_0")
     assert done.returncode == 2
     assert "use easyllm quantize --type q4_0" in " ".join(done.stderr.split())
+    done = easyllm("convert", str(tmp_path / "m"), str(tmp_path / "n.gguf"), "--type", "bf61")
+    assert done.returncode == 2
+    assert "no GGUF type 'bf61' (did you mean 'bf16'?)" in " ".join(done.stderr.split())
     assert not (tmp_path / "n.gguf").exists()
 
 

@@ -81,3 +81,7 @@ def test_a_file_without_texts_is_refused(tiny_folder, tmp_path):
     done = easyllm("eval", tiny_folder, tmp_path / "none.txt", "--task", "perplexity")
     assert done.returncode == 2
     assert "does not exist" in " ".join(done.stderr.split())
+    (tmp_path / "empty.jsonl").write_text("")
+    done = easyllm("eval", tiny_folder, tmp_path / "empty.jsonl", "--task", "perplexity")
+    assert done.returncode == 2
+    assert "empty.jsonl' has no text" in " ".join(done.stderr.split())

@@ -69,6 +69,18 @@ WRONG = {
     "heads": (("smollm2-135m", "--gpus", "8xA100-80GB", "--tensor", "8"), "use 1, 3, 9"),
     "tokens without devices": (("llama2-7b", "--tokens", "1T"), "add --gpus"),
     "a time without formulas": (("llama2-7b", "--step-seconds", "2"), "add --formulas"),
+    "a price without a run": (
+        ("llama2-7b", "--gpus", "8xT4-16GB", "--price", "2"),
+        "say how long it is with --tokens",
+    ),
+    "a size without a unit": (("llama2-7b", "--fit", "24"), "write it as 24GB"),
+    "a context of a number": (("7B", "--context", "4096"), "needs a model's shape"),
+    "a rate of a number": (("7B", "--gpus", "8xT4-16GB", "--mfu", "0.4"), "with --tokens and"),
+    "an option of DeepSpeed": (
+        ("llama2-7b", "--ds-config", "ds.json", "--gpus", "8xT4-16GB"),
+        "--gpus has no effect on --ds-config",
+    ),
+    "an evening to calibrate": (("--evening", "1h", "--calibrate"), "--calibrate has no effect"),
     "a size": (("llama2-7b", "--fit", "much"), "24GB"),
     "a duration": (("--evening", "late"), "4h, 90m"),
     "nothing": ((), "--evening 4h"),

@@ -29,6 +29,12 @@ def test_index_and_eval(docs, tiny_folder, tmp_path):
     table = easyllm("rag", "eval", rows, "--index", out).stdout
     assert "recall_at_1" in table
     assert "dense" in table
+    rows.write_text('{"question": "When does the tea house open?", "document": "A.md"}\n')
+    done = easyllm("rag", "eval", rows, "--index", out)
+    assert done.returncode == 2
+    assert "the document 'A.md', which the index does not contain (did you mean 'a.md'?)" in (
+        " ".join(done.stderr.split())
+    )
 
 
 def test_ask_prints_an_answer_with_its_sources(docs, tiny_folder, tmp_path):

@@ -125,19 +125,21 @@ def plan(
 
         easyllm plan llama2-7b --ds-config ds_config.json --processes 8
     """
+    asked: dict[str, Any] = {"context": context, "sequences": sequences, "dtype": dtype}
+    asked |= {"quantize": quantize, "cache-dtype": cache_dtype, "html": html}
+    asked["train"] = train or None  # None if not given, like the others
+    flags = {name.replace("_", "-"): value for name, value in _given(options).items()}
     if ds_config is not None:
         from easyllm.cli.plan_deepspeed import plan_deepspeed
 
+        unused = asked | flags | {"calibrate": calibrate or None}
+        _check_unused("--ds-config, which describes the training", unused, overrides or [])
         plan_deepspeed(source, ds_config, processes or 8, json_output=json_output)
         return
     if processes is not None:
         from easyllm.core.errors import ConfigError
 
         raise ConfigError("--processes applies to --ds-config FILE; remove it, or give a file")
-    asked: dict[str, Any] = {"context": context, "sequences": sequences, "dtype": dtype}
-    asked |= {"quantize": quantize, "cache-dtype": cache_dtype, "html": html}
-    asked["train"] = train or None  # None if not given, like the others
-    flags = {name.replace("_", "-"): value for name, value in _given(options).items()}
     _dispatch(
         source,
         overrides or [],
@@ -146,6 +148,20 @@ def plan(
         calibrate=calibrate,
         json_output=json_output,
     )
+
+
+def _check_unused(what: str, asked: dict[str, Any], overrides: list[str]) -> None:
+    """Checks that nothing is given that would have no effect on a kind of plan.
+
+    Raises:
+        ConfigError: something is.
+    """
+    from easyllm.core.errors import ConfigError
+
+    given = [f"--{name}" for name, value in asked.items() if value is not None]
+    unused = [*given, *overrides]
+    if unused:
+        raise ConfigError(f"{unused[0]} has no effect on {what}; leave it out")
 
 
 def _given(options: Values) -> dict[str, Any]:
@@ -168,6 +184,10 @@ def _dispatch(
 
     checked = checked_flags(PlanOptions, options, OPTIONS, source="plan options")
     if source is None or (checked.evening is not None and not _is_recipe(source)):
+        kept = {name: v for name, v in asked.items() if name not in ("evening", "context", "mfu")}
+        if checked.evening is not None:
+            kept["calibrate"] = calibrate or None
+            _check_unused("--evening, which tries every method", kept, overrides)
         _plan_evening(source, checked, asked, json_output=json_output)
         return
     if _is_recipe(source):
@@ -211,13 +231,4 @@ def _plan_evening(
 
     if options.evening is None:
         raise ConfigError("plan needs a model or a recipe; name one, or give --evening 4h")
-    unused = [
-        name
-        for name, value in asked.items()
-        if value is not None and value is not False and name not in ("evening", "context", "mfu")
-    ]
-    if unused:
-        raise ConfigError(
-            f"--{unused[0]} has no effect on --evening, which tries every method; leave it out"
-        )
     plan_evening(source, options, asked["context"], json_output=json_output)

@@ -52,6 +52,7 @@ def plan_count(
             "--formulas needs a shape; add --shape layers=L,hidden=H,heads=A,vocab=V, or name a "
             "model"
         )
+    _check_count(source, asked, options)
     for name in () if options.formulas else (*OF_SHAPE, "step_seconds"):
         if getattr(options, name) != PlanOptions.model_fields[name].default:
             raise ConfigError(
@@ -75,6 +76,27 @@ def plan_count(
         return
     rows = list(_flat(values))
     print_table(f"{source} parameters", ("", ""), rows)
+
+
+def _check_count(source: str, asked: dict[str, Any], options: PlanOptions) -> None:
+    """Checks what only a shape, or a run of some tokens on devices, makes use of.
+
+    Raises:
+        ConfigError: an option would have no effect.
+    """
+    from easyllm.core.errors import ConfigError
+
+    if asked["context"] is not None and options.shape is None:
+        raise ConfigError(
+            f"--context needs a model's shape, but {source} is a number of parameters; add "
+            "--shape layers=L,hidden=H,heads=A,vocab=V, or name a model or a config.json"
+        )
+    for name in ("mfu", "recompute", "price"):
+        given = getattr(options, name) != PlanOptions.model_fields[name].default
+        if given and (options.tokens is None or options.gpus is None):
+            raise ConfigError(
+                f"--{name} changes the time and price of a run; name it with --tokens and --gpus"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +209,8 @@ def _check(source: str, options: PlanOptions) -> None:
             )
     if options.tokens is not None and options.gpus is None:
         raise ConfigError("--tokens needs devices to be trained on; add --gpus")
+    if options.price is not None and options.gpus is not None and options.tokens is None:
+        raise ConfigError("--price is that of a run; say how long it is with --tokens, such as 1T")
     for name in () if options.gpus or options.formulas else OF_DEVICES:
         if getattr(options, name) != PlanOptions.model_fields[name].default:
             raise ConfigError(

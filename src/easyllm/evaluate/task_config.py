@@ -90,7 +90,25 @@ class TaskConfig(Config):
             raise ValueError("reader articles and kind text go together")
         if bool(self.program) != ("pass@1" in self.metrics):
             raise ValueError("program and the metric pass@1 go together")
+        self._check_braces()
         return self
+
+    def _check_braces(self) -> None:
+        """Refuses what would reach the model as it is written, for example Jinja's filters."""
+        for key in ("prompt", "system", "reference", "shot", "generated_prompt"):
+            rest = FIELD.sub("", getattr(self, key))
+            for left in ("{{", "{%"):
+                if left in rest:
+                    found = rest[rest.index(left) :].splitlines()[0][:40]
+                    raise ValueError(
+                        f"{key} has {found!r}, which is not a field; write a field of the row as "
+                        "{{name}}, and nothing else between the braces"
+                    )
+        if self.kind != "text" and not FIELD.search(self.prompt):
+            raise ValueError(
+                "prompt names no field, so every item would be the same; add one, such as "
+                "{{question}}"
+            )
 
     @property
     def fields(self) -> list[str]:

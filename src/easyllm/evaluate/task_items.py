@@ -12,7 +12,7 @@ from easyllm.core.errors import DataError, suggest
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.evaluate.task_config import FIELD, TaskConfig
 from easyllm.examples.data_file import read_rows
-from easyllm.prompt.extract import LETTERS
+from easyllm.prompt.extract import LETTERS, extract
 
 MAX_BYTES = 512 * 2**20
 """Maximum size of a file that is read as a whole."""
@@ -46,7 +46,8 @@ def read_items(
         limit: number of items to read; by default all.
 
     Raises:
-        DataError: the file cannot be read, is empty, or lacks a field that the task names.
+        DataError: the file cannot be read, is empty, lacks a field that the task names, or a row
+            has no right answer that can be compared.
     """
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "does not exist"
@@ -74,6 +75,7 @@ def read_items(
         raise DataError(f"the file {str(path)!r} has no items; check it")
     for item in items:
         _check_fields(task, item)
+        _check_answer(task, item)
     return items
 
 
@@ -98,7 +100,8 @@ def choices_of(task: TaskConfig, item: Item) -> tuple[tuple[str, ...], int]:
     """Returns the choices of an item and the number of the right one.
 
     Raises:
-        DataError: they are not a list of two to 26 texts, or the right one is not among them.
+        DataError: they are not a list of two to 26 texts, one is empty, or the right one is not
+            among them.
     """
     choices, gold = item.fields[task.choices], item.fields[task.gold]
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
@@ -106,6 +109,8 @@ def choices_of(task: TaskConfig, item: Item) -> tuple[tuple[str, ...], int]:
             f"{item.location}: {task.choices!r} is not a list of 2 to 26 choices; fix the row"
         )
     texts = tuple(_text(each) for each in choices)
+    if not all(text.strip() for text in texts):  # no tokens: its probability would be 1
+        raise DataError(f"{item.location}: {task.choices!r} has an empty choice; fix the row")
     number = None
     if isinstance(gold, str):
         if gold in texts:
@@ -149,6 +154,24 @@ def _check_fields(task: TaskConfig, item: Item) -> None:
         )
 
 
+def _check_answer(task: TaskConfig, item: Item) -> None:
+    """Checks what is compared with the model's answer, before any answer is generated."""
+    if task.kind == "choice":
+        choices_of(task, item)
+    elif task.kind == "generate" and not task.program:
+        rights = references_of(task, item)
+        if not rights:
+            raise DataError(
+                f"{item.location} has no reference ({task.reference} is empty); add one"
+            )
+        for right in rights:
+            if extract(task.extract, right) is None:
+                raise DataError(
+                    f"{item.location}: the reference has no {task.extract}; fix the row, or "
+                    f"`extract` in the file of task {task.name!r}"
+                )
+
+
 def _whole(path: Path) -> str:
     """Returns the text of a file.
 
@@ -175,7 +198,7 @@ def _squad(path: Path) -> Iterator[tuple[JsonObject, str]]:
     try:
         for document in documents:
             for paragraph in document.get("paragraphs", [document]):
-                context = paragraph.get("context", paragraph.get("context_text"))
+                context = _first_text(paragraph, "context", "context_text")
                 for question in paragraph["qas"]:
                     answers = [
                         each["text"] if isinstance(each, dict) else each
@@ -183,8 +206,8 @@ def _squad(path: Path) -> Iterator[tuple[JsonObject, str]]:
                     ]
                     name = question.get("id", question.get("query_id"))
                     fields = {
-                        "context": str(context),
-                        "question": str(question.get("question", question.get("query_text"))),
+                        "context": context,
+                        "question": _first_text(question, "question", "query_text"),
                         "answers": [str(each) for each in answers],
                         "id": str(name),
                     }
@@ -195,6 +218,19 @@ def _squad(path: Path) -> Iterator[tuple[JsonObject, str]]:
             f"the file {str(path)!r} is not in SQuAD's format (data, paragraphs, qas, answers); "
             "check it"
         ) from None
+
+
+def _first_text(values: JsonMapping, *names: str) -> str:
+    """Returns the text under the first of several names that there is.
+
+    Raises:
+        TypeError: there is none.
+    """
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, str):
+            return value
+    raise TypeError(f"no text under {' or '.join(names)}")
 
 
 def _lines(path: Path, references: Path) -> Iterator[tuple[JsonObject, str]]:

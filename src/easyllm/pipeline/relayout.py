@@ -14,6 +14,7 @@ from easyllm.models.gguf_export import save_gguf
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear, set_full_weight
 from easyllm.nn.storage import WeightStorage
+from easyllm.pipeline.quantize_options import GGUF_TYPES
 from easyllm.quant import KEPT
 from easyllm.quant.formats import UNIFORM, UniformLayout
 from easyllm.quant.gguf_weight import GGUFWeight
@@ -90,6 +91,11 @@ def to_gguf(source: str, path: Path, type: str | None = None) -> Path:
         ConfigError: the type is another.
     """
     kind = type or "f16"
+    if kind not in GGUF_TYPES:
+        raise ConfigError(
+            f"there is no GGUF type {kind!r}{suggest(kind, GGUF_TYPES)}; use "
+            f"{' or '.join(GGUF_FULL)}"
+        )
     if kind not in GGUF_FULL:
         raise ConfigError(
             f"type {kind!r} rounds weights; use easyllm quantize --type {kind}, or convert to "

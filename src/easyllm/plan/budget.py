@@ -132,16 +132,18 @@ def parse_size(text: str, what: str) -> int:
     """Returns the bytes in `24GB`, `80 GiB` or `512MB`.
 
     Raises:
-        ConfigError: it is not a size of memory above 0.
+        ConfigError: it is not a size of memory above 0, or has no unit.
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt])?(i)?b?", text.strip().lower())
+    # a number alone is refused: nobody who writes 24 means 24 bytes
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt])(i)?b?", text.strip().lower())
     scale = {"k": 1, "m": 2, "g": 3, "t": 4}
     size = 0
     if found is not None:
-        size = int(float(found[1]) * (1024 if found[3] else 1000) ** scale.get(found[2] or "", 0))
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** scale[found[2]])
     if size < 1:
         raise ConfigError(
-            f"{what} {text!r} is not a size of memory above 0; write it as 24GB or 24GiB"
+            f"{what} {text!r} is not a size of memory above 0 with its unit; write it as 24GB or "
+            "24GiB"
         )
     return size
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from easyllm.core.errors import DataError, suggest
 from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import track
 from easyllm.embed.embedder import Embedder, embed_with_progress
@@ -96,7 +97,19 @@ def evaluate_paragraphs(
 
 
 def evaluate_retrieval(retriever: Retriever, questions: Sequence[Question]) -> RetrievalReport:
-    """Evaluates questions on an index."""
+    """Evaluates questions on an index.
+
+    Raises:
+        DataError: a question names a document that the index does not contain.
+    """
+    names = retriever.index.state.documents
+    for question in questions:
+        if question.document is not None and question.document not in names:
+            raise DataError(
+                f"question {question.text!r} names the document {question.document!r}, which the "
+                f"index does not contain{suggest(question.document, names)}; use a name of "
+                "`documents` in its index.json"
+            )
     vectors = embed_with_progress(retriever.embedder, [q.text for q in questions], "query")
     ranks: dict[Mode, list[int | None]] = {mode: [] for mode in MODES}
     for question, vector in zip(questions, vectors, strict=True):

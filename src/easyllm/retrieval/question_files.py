@@ -71,7 +71,7 @@ def _squad(path: Path) -> QuestionSet:
     try:
         for article in content["data"]:
             for paragraph in article["paragraphs"]:
-                text = paragraph["context"]
+                text = _text(paragraph["context"], "context")
                 name = names.setdefault(text, f"paragraph-{len(names) + 1}")
                 paragraphs[name] = text
                 questions += (_squad_question(each, name) for each in paragraph["qas"])
@@ -84,8 +84,20 @@ def _squad(path: Path) -> QuestionSet:
 
 
 def _squad_question(values: dict[str, Any], paragraph: str) -> Question:
-    answers = tuple(answer["text"] for answer in values.get("answers", ()))
-    return Question(text=values["question"], answers=answers, document=paragraph)
+    answers = tuple(_text(answer["text"], "text") for answer in values.get("answers", ()))
+    question = _text(values["question"], "question")
+    return Question(text=question, answers=answers, document=paragraph)
+
+
+def _text(value: object, key: str) -> str:
+    """Returns a value that must be a text, and not an empty one.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError(f"{key} is {value!r}, not a text")
+    return value
 
 
 def _row(values: dict[str, Any], location: str) -> Question:

@@ -16,8 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal, get_type_hints
 
-from pydantic import Field
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError, EasyllmError, suggest
@@ -51,6 +60,20 @@ class Answer:
     token_ids: tuple[int, ...] = ()
 
 
+Take = Literal["all", "first_number", "last_number"]
+"""What `exact` compares."""
+
+
+def _compiled(pattern: str) -> str:
+    try:
+        re.compile(pattern, re.DOTALL)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"it is not a regular expression ({error}); correct it") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiled)]
+"""A regular expression, checked before the first answer."""
 Reward = Callable[..., float]
 """Maps an `Answer`, and options as keyword arguments, to a number."""
 REWARDS: dict[str, Reward] = {}
@@ -168,7 +191,19 @@ def load_reward(config: RewardFunctionConfig) -> Reward:
             raise ConfigError(
                 f"reward {config.function!r}: {place} has no function {name!r}; check the name"
             )
-    parameters = inspect.signature(found).parameters
+    _check_options(config, found)
+    return partial(found, **config.options) if config.options else found
+
+
+def _check_options(config: RewardFunctionConfig, function: Reward) -> None:
+    """Checks what can be known of a function and its options before there is an answer.
+
+    Raises:
+        ConfigError: it has no such option, needs another, or (built-in) an option has a value that
+            it cannot have.
+    """
+    signature = inspect.signature(function)
+    parameters = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     names = list(parameters)[1:]
     unknown = [key for key in config.options if key not in names]
@@ -177,7 +212,24 @@ def load_reward(config: RewardFunctionConfig) -> Reward:
             f"reward {config.function!r} has no option {unknown[0]!r}"
             f"{suggest(unknown[0], names)} (options: {', '.join(names) or 'none'})"
         )
-    return partial(found, **config.options) if config.options else found
+    try:
+        signature.bind(None, **config.options)
+    except TypeError as error:
+        raise ConfigError(
+            f"reward {config.function!r} cannot be called with an answer and its options: {error}; "
+            f"it is called as {config.name}(answer, **options)"
+        ) from None
+    if function not in _BUILT_IN.values():
+        return  # annotations of other functions are their authors' affair
+    types = get_type_hints(function, include_extras=True)
+    for key, value in config.options.items():
+        try:
+            TypeAdapter(types[key]).validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(
+                f"reward {config.function!r}: option {key}={value!r}: "
+                f"{error.errors()[0]['msg'].lower()}"
+            ) from None
 
 
 def _module(place: str, whole: str) -> object:
@@ -191,10 +243,17 @@ def _module(place: str, whole: str) -> object:
             raise ConfigError(f"reward {whole!r}: file {place!r} does not exist; check the path")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+    except ConfigError:
+        raise
     except ImportError as error:
         raise ConfigError(
             f"reward {whole!r}: module {place!r} cannot be imported ({error}); check its name, or "
             "give the path of a .py file"
+        ) from None
+    except Exception as error:  # the user's code runs, and may do anything
+        raise ConfigError(
+            f"reward {whole!r}: {place!r} cannot be imported, it raised {type(error).__name__}: "
+            f"{error}; fix it"
         ) from None
     return module
 
@@ -216,7 +275,7 @@ def _value(name: str, function: Reward, answer: Answer) -> tuple[float, str | No
 # ---- built-in rewards
 
 
-def exact(answer: Answer, key: str = "answer", take: str = "all") -> float:
+def exact(answer: Answer, key: str = "answer", take: Take = "all") -> float:
     """1 if the answer equals the row's, else 0.
 
     Args:
@@ -228,8 +287,6 @@ def exact(answer: Answer, key: str = "answer", take: str = "all") -> float:
     text, right = answer.text.strip(), str(answer.row[key]).strip()
     if take == "all":
         return float(text == right)
-    if take not in ("first_number", "last_number"):
-        raise ValueError(f"take={take!r}; expected all, first_number or last_number")
     if len(numbers(right)) != 1:
         raise ValueError(f"the row's {key!r} is {right!r}, which is not a number")
     found = numbers(text)
@@ -241,12 +298,17 @@ def contains(answer: Answer, text: str | None = None, key: str = "answer") -> fl
     return float((str(answer.row[key]) if text is None else text) in answer.text)
 
 
-def matches(answer: Answer, pattern: str) -> float:
+def matches(answer: Answer, pattern: Pattern) -> float:
     """1 if the whole answer matches a regular expression (`.` matches line breaks), else 0."""
     return float(re.fullmatch(pattern, answer.text.strip(), re.DOTALL) is not None)
 
 
-def length(answer: Answer, target: int, tolerance: int = 0, scale: float = 32.0) -> float:
+def length(
+    answer: Answer,
+    target: NonNegativeInt,
+    tolerance: NonNegativeInt = 0,
+    scale: PositiveFloat = 32.0,
+) -> float:
     """0 within `tolerance` tokens of a target length, and -1 for each `scale` tokens beyond it."""
     return -max(0, abs(answer.num_tokens - target) - tolerance) / scale
 
@@ -264,7 +326,12 @@ def right_digits(answer: Answer, key: str = "answer") -> float:
     return sum(a == b for a, b in zip(right, found, strict=True)) / max(1, len(right))
 
 
-def code(answer: Answer, key: str = "tests", timeout_s: float = 5.0, memory_mb: int = 512) -> float:
+def code(
+    answer: Answer,
+    key: str = "tests",
+    timeout_s: PositiveFloat = 5.0,
+    memory_mb: PositiveInt = 512,
+) -> float:
     """1 if the Python code of the answer passes the row's tests, else 0.
 
     The code is the answer's last fenced block, or all of it; the tests are assertions that run

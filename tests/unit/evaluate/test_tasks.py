@@ -116,9 +116,43 @@ def test_the_right_choice_is_a_number_a_letter_or_a_text(tmp_path, gold, number)
 @pytest.mark.parametrize("gold", [2, "C", "cat", -1, True, None])
 def test_a_right_choice_that_is_none_is_refused(tmp_path, gold):
     row = {"question": "q", "choices": ["fox", "dog world"], "answer": gold}
-    (item,) = read_items(CHOICE, write(tmp_path / "a.jsonl", [row]))
     with pytest.raises(DataError, match="which is not one of the choices"):
-        choices_of(CHOICE, item)
+        read_items(CHOICE, write(tmp_path / "a.jsonl", [row]))
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [([], "list of 2 to 26"), ("fox", "list of 2 to 26"), (["fox", " "], "has an empty choice")],
+)
+def test_choices_that_cannot_be_compared_are_refused_on_reading(tmp_path, choices, words):
+    rows = [{"question": "q", "choices": ["a", "b"], "answer": 0}]
+    rows += [{"question": "q", "choices": choices, "answer": 0}]
+    with pytest.raises(DataError, match=f"a.jsonl:2.*{words}"):
+        read_items(CHOICE, write(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize(("answer", "words"), [("none", "has no number"), ([], "no reference")])
+def test_references_that_cannot_be_compared_are_refused_on_reading(tmp_path, answer, words):
+    task = WRITTEN.model_copy(update={"extract": "number"})
+    rows = [{"question": "q", "answer": "3"}, {"question": "q", "answer": answer}]
+    with pytest.raises(DataError, match=f"a.jsonl:2.*{words}"):
+        read_items(task, write(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize("prompt", ["{{ question | upper }}", "{{question", "Q: {% if x %}", "Q"])
+def test_a_prompt_without_a_field_or_in_another_language_is_refused(prompt):
+    with pytest.raises(ValueError, match="not a field|no field"):
+        TaskConfig(name="t", kind="generate", prompt=prompt, metrics=("f1",))
+
+
+@pytest.mark.parametrize("missing", ["context", "question"])
+def test_squad_without_a_text_is_refused(tmp_path, missing):
+    paragraph = {"context": "c", "qas": [{"id": "1", "question": "q", "answers": ["a"]}]}
+    (paragraph if missing == "context" else paragraph["qas"][0])[missing] = None
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    with pytest.raises(DataError, match="not in SQuAD's format"):
+        read_items(load_task("xquad-en"), path)
 
 
 def test_squad_and_both_formats_of_cmrc(tmp_path):

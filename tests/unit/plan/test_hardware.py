@@ -73,6 +73,7 @@ def test_words_for_counts_durations_and_sizes():
     assert parse_duration("1h30m", "x") == parse_duration("90min", "x") == 5400
     assert parse_size("24GB", "x") == 24 * 10**9
     assert parse_size("24 GiB", "x") == 24 * 2**30
-    for parse, text in ((parse_count, "many"), (parse_duration, "4"), (parse_size, "GB")):
+    wrong = ((parse_count, "many"), (parse_duration, "4"), (parse_size, "GB"), (parse_size, "24"))
+    for parse, text in wrong:
         with pytest.raises(ConfigError, match="x "):
             parse(text, "x")

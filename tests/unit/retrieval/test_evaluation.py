@@ -51,6 +51,12 @@ def test_squad_and_rows_are_read(tmp_path):
     ("name", "text", "reason"),
     [
         ("a.json", '{"data": [{}]}', "SQuAD's format"),
+        (
+            "a.json",
+            '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": null}]}]}]}',
+            "question is None, not a text",
+        ),
+        ("a.json", '{"data": [{"paragraphs": [{"context": 3, "qas": []}]}]}', "context is 3"),
         ("a.json", "[", "is not JSON"),
         ("a.json", '{"data": []}', "contains no question"),
         ("a.jsonl", '{"question": "Q?"}', "neither 'answer' nor 'document'"),

@@ -84,11 +84,34 @@ def test_a_function_of_the_user_is_loaded_from_a_file_or_a_module(tmp_path):
         ("missing.py:f", {}, "does not exist"),
         ("easyllm.rl.rewards:nothing", {}, "has no function 'nothing'"),
         ("exact", {"tke": "all"}, "has no option 'tke'"),
+        ("length", {}, "missing a required argument: 'target'"),
+        ("length", {"target": -1}, "target=-1: input should be greater than or equal to 0"),
+        ("length", {"target": 3, "scale": 0}, "scale=0: input should be greater than 0"),
+        ("exact", {"take": "last"}, "'all', 'first_number' or 'last_number'"),
+        ("format", {"pattern": "("}, "not a regular expression .* unterminated subpattern"),
+        ("code", {"timeout_s": 0}, "timeout_s=0: input should be greater than 0"),
     ],
 )
 def test_a_function_that_does_not_exist_is_refused(function, options, words):
     with pytest.raises(ConfigError, match=words):
         load_reward(RewardFunctionConfig(function=function, options=options))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def f(:\n", "raised SyntaxError"),
+        ("import nowhere_at_all\n", "cannot be imported"),
+        ("1 / 0\n", "raised ZeroDivisionError: division by zero"),
+        ("def f(): return 1\n", "too many positional arguments"),
+        ("def f(answer, best): return 1\n", "missing a required argument: 'best'"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_before_any_answer(tmp_path, text, words):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_reward(RewardFunctionConfig(function=f"{file}:f"))
 
 
 def test_rewards_are_summed_with_weights_and_a_failure_masks_the_answer():
