@@ -141,7 +141,7 @@ def test_references_that_cannot_be_compared_are_refused_on_reading(tmp_path, ans
 
 @pytest.mark.parametrize("prompt", ["{{ question | upper }}", "{{question", "Q: {% if x %}", "Q"])
 def test_a_prompt_without_a_field_or_in_another_language_is_refused(prompt):
-    with pytest.raises(ValueError, match="not a field|no field"):
+    with pytest.raises(ValueError, match=r"not a field|no field"):
         TaskConfig(name="t", kind="generate", prompt=prompt, metrics=("f1",))
 
 
