@@ -140,14 +140,8 @@ def plan(
         from easyllm.core.errors import ConfigError
 
         raise ConfigError("--processes applies to --ds-config FILE; remove it, or give a file")
-    _dispatch(
-        source,
-        overrides or [],
-        asked | flags,
-        options,
-        calibrate=calibrate,
-        json_output=json_output,
-    )
+    words, given = overrides or [], asked | flags
+    _dispatch(source, words, given, options, calibrate=calibrate, json_output=json_output)
 
 
 def _check_unused(what: str, asked: dict[str, Any], overrides: list[str]) -> None:

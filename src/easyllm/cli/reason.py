@@ -125,14 +125,7 @@ def reason_about(
     shown = _examples(examples, given.kind) if examples is not None else []
     if given.select is not None and (not shown or data is None):
         raise ConfigError("--select chooses from --examples by --data; give both")
-    rows, tuning = _rows(data, given) if data is not None else [], list[tuple[str, str]]()
-    if given.select is not None:
-        rows, tuning = rows[given.select_on :], rows[: given.select_on]
-        if not rows:
-            raise ConfigError(
-                f"--select-on {given.select_on} leaves none of the {len(tuning)} questions of "
-                "--data; lower it"
-            )
+    rows, tuning = _divided(_rows(data, given) if data is not None else [], given)
     questions = [question] if question is not None else [asked for asked, _ in rows]
     check_method(given.method, questions, examples=len(shown), samples=given.samples)
     system = system_message(given.system) if given.system else ""
@@ -153,6 +146,27 @@ def reason_about(
     if history is not None:
         result["selection"] = history
     _print(result, found, json_output=json_output)
+
+
+def _divided(
+    rows: list[tuple[str, str]], given: ReasonOptions
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Returns the questions to answer, and those that examples are selected by.
+
+    Raises:
+        ConfigError: none are left to answer.
+    """
+    from easyllm.core.errors import ConfigError
+
+    if given.select is None:
+        return rows, []
+    rows, tuning = rows[given.select_on :], rows[: given.select_on]
+    if not rows:
+        raise ConfigError(
+            f"--select-on {given.select_on} leaves none of the {len(tuning)} questions of --data; "
+            "lower it"
+        )
+    return rows, tuning
 
 
 def _reason(

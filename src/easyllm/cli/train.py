@@ -12,7 +12,7 @@ from easyllm.cli.output import JsonFlag, Overrides, figures_text, print_json, pr
 
 if TYPE_CHECKING:
     from easyllm.core.json_types import JsonObject
-    from easyllm.train import TrainConfig
+    from easyllm.train import Callback, TrainConfig
 
 Processes = Annotated[
     int,
@@ -91,6 +91,7 @@ def train(
     from easyllm.core.yaml_text import dump_yaml
     from easyllm.pipeline.recipe import find_recipe, load_train_recipe
     from easyllm.train import dry_run as plan_training
+    from easyllm.train import train as run_training
 
     path = find_recipe(recipe)
     config = load_train_recipe(path, overrides or [])
@@ -106,28 +107,32 @@ def train(
             sys.stdout.write(dump_yaml(config))
     elif nproc > 1 or (restarts and ray is None):
         run_ranks(nproc, restarts=restarts)
+    elif ray is not None:
+        work = partial(_work, path, config, allow_change=allow_change)
+        _show(config, run_workers(work, ray, config, restarts), json_output)
     else:
-        run = partial(_run, path, config, allow_change=allow_change)
-        _show(
-            config, run() if ray is None else run_workers(run, ray, config, restarts), json_output
-        )
+        callbacks = _callbacks(path, config)
+        output = Path(config.output)
+        result = run_training(config, output, callbacks=callbacks, allow_change=allow_change)
+        _show(config, result.figures, json_output)
 
 
-def _run(path: Path, config: "TrainConfig", *, allow_change: bool) -> "JsonObject":
-    """Trains in this process, and returns the figures of the run."""
-    from easyllm.pipeline.recipe import shipped_name
-    from easyllm.reporting import reporting_callbacks
-    from easyllm.rl.doctor import report
+def _work(path: Path, config: "TrainConfig", *, allow_change: bool) -> None:
+    """Trains as one of the ranks of a run."""
     from easyllm.train import train as run_training
 
     assert config.output is not None, "checked before"
-    result = run_training(
-        config,
-        Path(config.output),
-        callbacks=reporting_callbacks(config, shipped_name(path), diagnose=report),
-        allow_change=allow_change,
-    )
-    return result.figures
+    callbacks, output = _callbacks(path, config), Path(config.output)
+    run_training(config, output, callbacks=callbacks, allow_change=allow_change)
+
+
+def _callbacks(path: Path, config: "TrainConfig") -> "tuple[Callback, ...]":
+    """Returns what reports on a run of a recipe."""
+    from easyllm.pipeline.recipe import shipped_name
+    from easyllm.reporting import reporting_callbacks
+    from easyllm.rl.doctor import report
+
+    return reporting_callbacks(config, shipped_name(path), diagnose=report)
 
 
 def _show(config: "TrainConfig", figures: "JsonObject", json_output: bool) -> None:
