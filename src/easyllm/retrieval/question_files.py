@@ -105,8 +105,10 @@ def _row(values: dict[str, Any], location: str) -> Question:
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{location} has no text under 'question'; add it")
     answers = (answer,) if isinstance(answer, str) else answer or ()
-    if not all(isinstance(each, str) for each in answers):
+    if not isinstance(answers, list | tuple) or not all(isinstance(a, str) for a in answers):
         raise DataError(f"{location} has answer {answer!r}, expected a text or a list of texts")
+    if not all(each.strip() for each in answers):  # found in no passage: recall would be 0
+        raise DataError(f"{location} has an empty answer; add its text, or leave it out")
     if document is not None and not isinstance(document, str):
         raise DataError(f"{location} has document {document!r}, expected the name of a document")
     if not answers and document is None:

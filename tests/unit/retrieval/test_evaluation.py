@@ -62,6 +62,8 @@ def test_squad_and_rows_are_read(tmp_path):
         ("a.jsonl", '{"question": "Q?"}', "neither 'answer' nor 'document'"),
         ("a.jsonl", '{"text": "Q?"}', "no text under 'question'"),
         ("a.jsonl", '{"question": "Q?", "answer": [1]}', "a text or a list"),
+        ("a.jsonl", '{"question": "Q?", "answer": 1789}', "has answer 1789, expected a text"),
+        ("a.jsonl", '{"question": "Q?", "answer": " "}', "has an empty answer"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, text, reason):
