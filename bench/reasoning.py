@@ -2,13 +2,15 @@
 
     python bench/reasoning.py [--steps 900] [--seeds 2] [--record]
 
-Sums of three numbers of two digits, one token per character. The first model learns the answer
-(47+38+25=110), the second the steps as well (47+38+25=85+25=110). Both see the same number of
-tokens, so the first sees more sums. On sums that neither has seen: accuracy of greedy answers; and
-of the second model, one sample against the vote of eight at the same temperature, item by item.
+Sums of six digits, one token per character. The first model learns the answer (4+7+2+9+1+5=28),
+the second the sum so far after each number as well (4+7+2+9+1+5=11=13=22=23=28). Both see the same
+number of tokens, so the first sees more sums. On sums that neither has seen: accuracy of greedy
+answers; and of the second model, one sample against the vote of eight at the same temperature, item
+by item.
 """
 
 import argparse
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -33,7 +35,8 @@ from easyllm.train.optim_config import AdamWConfig
 TOKENIZER = machine.HERE.parent / "recipes" / "data" / "arithmetic"
 BATCH, RATE, SAMPLES, TEMPERATURE = 64, 2e-3, 8, 0.8
 CORRECT = mean_metric("accuracy", "tests", lambda outcome: float(outcome.passed))
-Sum = tuple[int, int, int]
+NUMBERS = 6
+Sum = tuple[int, ...]
 
 
 def main() -> None:
@@ -53,10 +56,7 @@ def main() -> None:
 def measure(tokenizer: Tokenizer, seed: int, options: argparse.Namespace) -> dict[str, object]:
     """Trains both models with a seed, and returns their accuracies with intervals."""
     rng = random.Random(seed)
-    numbers = [
-        (rng.randrange(10, 100), rng.randrange(10, 100), rng.randrange(10, 100))
-        for _ in range(60_000)
-    ]
+    numbers = [tuple(rng.randrange(10) for _ in range(NUMBERS)) for _ in range(60_000)]
     every = list(dict.fromkeys(numbers))
     held, sums = every[: options.held_out], every[options.held_out :]
     traced, budget = train(tokenizer, sums, seed, steps=options.steps, trace=True)
@@ -84,9 +84,9 @@ def measure(tokenizer: Tokenizer, seed: int, options: argparse.Namespace) -> dic
 
 def text_of(numbers: Sum, *, trace: bool) -> tuple[str, str]:
     """Returns the question and the answer, with its step or without."""
-    a, b, c = numbers
-    step = f"{a + b}+{c}=" if trace else ""
-    return f"{a}+{b}+{c}=", f"{step}{a + b + c}"
+    sums = list(itertools.accumulate(numbers))[1:]
+    shown = sums if trace else sums[-1:]
+    return f"{'+'.join(map(str, numbers))}=", "=".join(map(str, shown))
 
 
 def train(

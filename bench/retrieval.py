@@ -190,9 +190,8 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
         reader = Reader(Retriever(Index(out), embedder), generator, config)
         right: dict[str, list[bool]] = {"closed_book": [], "retrieval": [], "right_passage": []}
         cited, holds, found_first = list[bool](), list[bool](), list[bool]()
-        answered = list[
-            bool
-        ]()  # of the citations of right answers: whether the quote has the answer
+        # of the supported statements that name the answer: whether their quote has it
+        answered = list[bool]()
         for place in places:
             asked = place["question"]
             message = [{"role": "user", "content": f"{asked} Answer as briefly as possible."}]
@@ -209,7 +208,7 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
                 cited.append(citation.supported)
                 if citation.supported:
                     holds.append(quoted(citation.document, citation.start, citation.quote, docs))
-                    if right["retrieval"][-1]:
+                    if contains_any(citation.statement, [place["answer"]]):
                         answered.append(contains_any(citation.quote, [place["answer"]]))
     figures = {name: share(values) for name, values in right.items()}
     return {
@@ -220,7 +219,7 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
         "right_passage_first": share(found_first),
         "statements_supported": share(cited),
         "supported_quotes_in_source": share(holds),
-        "quotes_of_right_answers_with_answer": share(answered),
+        "quotes_of_answers_with_answer": share(answered),
     }
 
 
