@@ -1,6 +1,7 @@
 """Reward models and DPO on 300 real preference pairs: held-out accuracy over folds and seeds.
 
-    python bench/real_pairs.py [--layers 4] [--epochs 2] [--folds 5] [--seeds 3] [--record]
+    python bench/real_pairs.py [--layers 4] [--epochs 2] [--rate 5e-4] [--folds 5] [--seeds 3]
+                               [--only reward] [--record]
 
 SmolLM2 with LoRA in its last layers (`--layers`); the layers below are frozen, so their output is
 computed once and every epoch starts from it. Prompts keep their last 240 characters, responses
@@ -50,6 +51,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=machine.SHARED / "data" / "dpo_en_demo.json")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=5e-4, help="of the reward model")
+    parser.add_argument("--only", choices=["reward", "dpo"])
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=300)
@@ -58,14 +61,21 @@ def main() -> None:
     start = time.perf_counter()
     rows = shortened(json.loads(options.data.read_text("utf-8"))[: options.pairs])
     base = load_model("smollm2", dtype="float32")
-    groups = {"reward": prepared(Reward(), rows), "dpo": prepared(DPO(), rows)}
-    upper, groups = upper_layers(base, groups, options.layers)
-    results = {
-        "reward": five_fold(upper, groups["reward"], rows, options),
-        "dpo": dpo_seeds(upper, groups["dpo"], options),
-        "seconds": round(time.perf_counter() - start),
+    objectives: dict[str, Objective] = {"reward": Reward(), "dpo": DPO()}
+    groups = {
+        name: prepared(objective, rows)
+        for name, objective in objectives.items()
+        if options.only in (None, name)
     }
-    shape = {"pairs": len(rows), "layers": options.layers, "epochs": options.epochs}
+    upper, groups = upper_layers(base, groups, options.layers)
+    results: dict[str, Any] = {}
+    if "reward" in groups:
+        results["reward"] = five_fold(upper, groups["reward"], rows, options)
+    if "dpo" in groups:
+        results["dpo"] = dpo_seeds(upper, groups["dpo"], options)
+    results["seconds"] = round(time.perf_counter() - start)
+    shape = {name: getattr(options, name) for name in ("layers", "epochs", "rate")}
+    shape |= {"pairs": len(rows)}
     row = machine.row("real_pairs", shape=shape, results=results)
     machine.finish(row, "real_pairs", record=options.record)
 
@@ -183,7 +193,7 @@ def five_fold(
             objective := Reward(),
             [groups[i] for i in others],
             epochs=options.epochs,
-            rate=5e-4,
+            rate=options.rate,
             seed=fold,
         )
         found = evaluated(fitted, objective, [groups[i] for i in held])

@@ -213,8 +213,8 @@ def damaged(adapter, folder, damage):
 def test_a_damaged_adapter_is_told_before_its_base_is_loaded(
     adapter, tiny_folder, tmp_path, monkeypatch, damage
 ):
-    broken, text = damaged(adapter, tmp_path / "broken", damage), tmp_path / "text.txt"
-    text.write_text("The quick brown fox.")
+    broken, text = damaged(adapter, tmp_path / "broken", damage), tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"prompt": "The quick", "completion": "brown fox."}) + "\n")
 
     def load(*_, **__):
         raise AssertionError("the base was loaded")

@@ -251,7 +251,9 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     monkeypatch.setattr(easyllm.engine, "LLM", Recorder)
-    monkeypatch.setattr("easyllm.models.adapted._check", lambda _: None)  # there is no adapter
+    # There is no adapter in the folder.
+    monkeypatch.setattr("easyllm.models.adapter_files.check_adapter", lambda _: None)
+    monkeypatch.setattr("easyllm.adapters.read_adapter", lambda path: SimpleNamespace(folder=path))
     monkeypatch.setattr("easyllm.serve.run.serve", lambda *_, **__: None)
     monkeypatch.setattr(
         "easyllm.engine.rates.measure_rates",

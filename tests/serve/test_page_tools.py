@@ -113,7 +113,7 @@ def test_the_engine_view_shows_what_runs(browser, page_address):
         assert "slow" in page.text("[data-name=slow] .batch")
         page.wait_for("parseFloat(document.querySelector('[data-name=slow] strong').innerText) > 5")
         page.press("Escape")
-        wait_for_texts(page, "[data-name=slow] .batch", ["Nothing runs."])
+        wait_for_texts(page, "[data-name=slow] .batch", ["No request is running."])
         assert page.serious_faults() == []
         assert page.errors == []
 

@@ -8,7 +8,7 @@ import torch
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Engine, EngineConfig, SamplingParams
 from easyllm.engine import engine as engine_module
-from easyllm.engine import llm as llm_module
+from easyllm.engine import loading as loading_module
 from easyllm.engine.kv_cache import KVCache
 from easyllm.engine.memory_plan import check_weights_fit, plan_memory
 from easyllm.models import ContextConfig
@@ -120,7 +120,7 @@ def test_the_error_for_too_large_weights_says_how_much_is_missing_and_what_helps
 def test_an_llm_that_does_not_fit_is_refused_before_anything_is_loaded(tiny_folder, monkeypatch):
     with pytest.raises(ConfigError, match="did you mean 'num_pages'"):
         LLM(tiny_folder, num_page=3)
-    monkeypatch.setattr(llm_module, "memory_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(loading_module, "memory_free_bytes", lambda device: 1000)
     monkeypatch.setattr(OpenSource, "model", lambda *a, **k: pytest.fail("was loaded"))
     with pytest.raises(ConfigError, match="GB short"):
         LLM(tiny_folder)
