@@ -186,7 +186,8 @@ def test_a_reward_model_orders_unseen_prompts(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "q", "chosen": "same", "rejected": "same"}], "identical in every row"),
+        ([{"prompt": "q", "chosen": "same", "rejected": "same"}], "identical, or have equal"),
+        ([{"prompt": " ", "chosen": "a", "rejected": "b"}], "the prompt is empty"),
         ([{"chosen": "a", "rejected": "b"}], "unknown format"),
         ([{"prompt": "q", "chosen": "a"}], "unknown format"),
         ([{"messages": [], "chosen": "a", "rejected": "b"}], "both must continue"),

@@ -341,7 +341,8 @@ def check_samples(account: PreparationStats, max_seq_len: int) -> None:
         remedy = f"increase max_seq_len={max_seq_len}"
     elif account.dropped_equal:
         remedy = (
-            "chosen and rejected are identical in every row: check how the pairs were generated"
+            "the responses are identical, or have equal scores, in every row: check how they were "
+            "generated and scored"
         )
     elif account.dropped_untrained:
         remedy = (

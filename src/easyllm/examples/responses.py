@@ -82,6 +82,13 @@ def is_response(prompt: list[Message], answer: list[Message]) -> bool:
     return bool(prompt) and bool(answer) and answer[0]["role"] == "assistant"
 
 
+def has_text(message: Message) -> bool:
+    """Returns whether a message says or calls anything."""
+    content = message.get("content")
+    said = content.strip() if isinstance(content, str) else content
+    return bool(said or message.get("tool_calls"))
+
+
 def encode_responses(
     prompt: list[Message],
     responses: Sequence[list[Message]],
@@ -100,8 +107,13 @@ def encode_responses(
         the row is dropped.
 
     Raises:
-        DataError: the template rejects the messages.
+        DataError: the template rejects the messages, or the prompt has no text.
     """
+    if not any(has_text(message) for message in prompt):
+        raise DataError(
+            f"{location}: the prompt is empty; give the text that the responses answer, or remove "
+            "the row"
+        )
     account.rows += 1
     sequences = tuple(
         encode_messages([*prompt, *response], tools, location, tokenizer, num_prompt=len(prompt))
@@ -124,6 +136,7 @@ def num_common(*sequences: Encoded) -> int:
 
 __all__ = [
     "encode_responses",
+    "has_text",
     "is_response",
     "last_response",
     "num_common",

@@ -66,6 +66,8 @@ class PolicyObjective(Objective):
         self.needs_reference = config.kl.coefficient > 0
         self.controller = KLController(config.kl.coefficient, config.kl.target)
         self.rewards = RewardStage(config, RewardSum(config.rewards))
+        most, keys = config.rollout.max_tokens, self.rewards.keys
+        self._prompts = partial(prepare_prompts, max_new_tokens=most, keys=keys)
         self._sampler: Sampler | None = None
         self._model: Decoder | None = None
         self._longest, self._micro_batch_tokens, self._seed = 0, 1, 0
@@ -77,8 +79,8 @@ class PolicyObjective(Objective):
     ) -> tuple[Sequence[AnySample], PreparationStats]:
         """Reads or generates the prompts to train on; see `Objective.prepare`."""
         self._longest = data.max_seq_len
-        most = self.config.rollout.max_tokens
-        samples, stats = prepare_prompts(data, files, tokenizer, max_new_tokens=most)
+        self.rewards.check(tokenizer)
+        samples, stats = self._prompts(data, files, tokenizer)
         # an epoch answers each prompt several times, and may learn from an answer several times
         passes = self.config.rollout.group_size * self.config.rollout.epochs
         stats.tokens *= passes
@@ -89,8 +91,7 @@ class PolicyObjective(Objective):
         self, data: RowsConfig | GeneratedConfig, files: Sequence[Path], tokenizer: Tokenizer
     ) -> Sequence[AnySample]:
         """Reads or generates the prompts to evaluate on."""
-        most = self.config.rollout.max_tokens
-        return prepare_prompts(data, files, tokenizer, max_new_tokens=most, held_out=True)[0]
+        return self._prompts(data, files, tokenizer, held_out=True)[0]
 
     def build_loader(self, samples: Sequence[AnySample], sizes: StepSizes) -> StepLoader:
         """Returns the loader, which rolls out whenever all updates on a rollout are done."""

@@ -4,9 +4,10 @@ A row has a `prompt` (text, or a list of messages); all of its keys reach the re
 as `answer`. A prompt is rendered by the tokenizer's chat template if it has one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import Field
@@ -72,6 +73,7 @@ def prepare_prompts(
     tokenizer: Tokenizer,
     *,
     max_new_tokens: int,
+    keys: Mapping[str, str] = MappingProxyType({}),
     held_out: bool = False,
 ) -> tuple[list[PromptSample], PreparationStats]:
     """Reads or generates the rows, and tokenizes their prompts.
@@ -81,10 +83,12 @@ def prepare_prompts(
         files: the files of rows.
         tokenizer: the model's tokenizer.
         max_new_tokens: maximum length of an answer; prompt and answer fit into `data.max_seq_len`.
+        keys: the keys that each row must have, with the name of the reward that reads them.
         held_out: whether to generate the rows to evaluate on, not those to train on.
 
     Raises:
-        DataError: a row has no prompt (the message has its location), or no prompt remains.
+        DataError: a row has no prompt or lacks a key that a reward reads (the message has its
+            location), or no prompt remains.
         ConfigError: an answer alone would be longer than a sequence may be, or the tokenizer has no
             chat template but one is needed.
     """
@@ -99,6 +103,7 @@ def prepare_prompts(
     for location, row in _rows(data, files, held_out=held_out):
         stats.rows += 1
         key = data.prompt_key if isinstance(data, PromptsConfig) else "prompt"
+        _check_keys(row, keys, location)
         ids, text = _encoded(row.get(key), key, location, data, tokenizer)
         if len(ids) > limit and not cuts:
             stats.dropped_overlong += 1
@@ -128,6 +133,15 @@ def _rows(
     for file in files:
         for read in read_rows(file):
             yield str(read.location), read.values
+
+
+def _check_keys(row: JsonObject, keys: Mapping[str, str], location: str) -> None:
+    for key, reward in keys.items():
+        if key not in row:
+            raise DataError(
+                f"{location} has no key {key!r}, which the reward {reward!r} reads (its keys are "
+                f"{', '.join(row)}); add it, or name another in the reward's options ({{key: ...}})"
+            )
 
 
 def _encoded(

@@ -7,13 +7,36 @@ import torch
 from easyllm.batches.packing import pack, split_by_tokens
 from easyllm.core.errors import ConfigError
 from easyllm.examples.sample import Sample
-from easyllm.models import load_tokenizer
-from easyllm.models.adapted import load_adapted, split_adapter
+from easyllm.models import load_tokenizer, open_source
+from easyllm.models.adapted import load_adapted, open_adapted
 from easyllm.rl.config import RewardModelConfig
 from easyllm.rl.rewards import Answer
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 BATCH_TOKENS = 2048
+
+
+def check_reward_model(config: RewardModelConfig, tokenizer: Tokenizer) -> None:
+    """Checks a reward model's configuration and tokenizer, without loading its weights.
+
+    Raises:
+        SourceError, CheckpointError: there is no such model, or its files are damaged.
+        ConfigError: its head has not one score, or it has another tokenizer.
+    """
+    base, adapter = open_adapted(config.model)
+    heads = None if adapter is None else adapter.num_labels()
+    heads = heads or open_source(base).config.num_labels
+    if heads != 1:
+        what = "no head" if heads is None else f"a head of {heads} scores"
+        raise ConfigError(
+            f"reward_model.model={config.model} has {what}, expected one score; train one with "
+            "objective.kind=classifier, num_labels=1 or a reward objective"
+        )
+    if load_tokenizer(base).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"reward_model.model={config.model} has another tokenizer than the policy, so that it "
+            "cannot read its tokens; choose one with the same tokenizer"
+        )
 
 
 def reward_model(
@@ -30,19 +53,8 @@ def reward_model(
         SourceError, CheckpointError: the model cannot be loaded.
         ConfigError: its head has not one score, or it has another tokenizer.
     """
+    check_reward_model(config, tokenizer)
     model = load_adapted(config.model).to(device).requires_grad_(False).eval()
-    if model.config.num_labels != 1:
-        heads = model.config.num_labels
-        what = "no head" if heads is None else f"a head of {heads} scores"
-        raise ConfigError(
-            f"reward_model.model={config.model} has {what}, expected one score; train one with "
-            "objective.kind=classifier, num_labels=1 or a reward objective"
-        )
-    if load_tokenizer(split_adapter(config.model)[0]).fingerprint != tokenizer.fingerprint:
-        raise ConfigError(
-            f"reward_model.model={config.model} has another tokenizer than the policy, so that it "
-            "cannot read its tokens; choose one with the same tokenizer"
-        )
 
     @torch.no_grad()
     def scores(answers: Sequence[Answer]) -> list[float]:
@@ -61,4 +73,4 @@ def reward_model(
     return scores
 
 
-__all__ = ["reward_model"]
+__all__ = ["check_reward_model", "reward_model"]

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from easyllm.core.progress import console
 from easyllm.rl.config import PolicyConfig
 from easyllm.rl.experience import Experience
+from easyllm.rl.reward_model import check_reward_model
 from easyllm.rl.rewards import MAX_FAILURES, Answer, Rewarded, RewardError, RewardSum
 from easyllm.rl.running_moments import RunningMoments
+from easyllm.tokenizer.tokenizer import Tokenizer
 
 Scores = Callable[[Sequence[Answer]], list[float]]
 
@@ -28,6 +30,20 @@ class RewardStage:
         self.failures, self.moments = 0, RunningMoments()
         self._model: tuple[Scores, float] | None = None
         self._components: dict[str, float] = {}
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Checks the reward model, if there is one, before anything is loaded or written.
+
+        Raises:
+            ConfigError, SourceError, CheckpointError: it cannot score this tokenizer's answers.
+        """
+        if self.config.reward_model is not None:
+            check_reward_model(self.config.reward_model, tokenizer)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The keys of a row that built-in rewards read, each with the reward's name."""
+        return self.rewards.keys
 
     def add_model(self, scores: Scores, weight: float) -> None:
         """Adds a reward model's scores to the sum."""

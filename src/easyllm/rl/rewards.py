@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -137,6 +137,10 @@ class RewardSum:
         configs: the functions and their weights.
         extra: further functions by name, with their weights (a reward model).
 
+    Attributes:
+        functions: each function with its weight, by name.
+        keys: the keys of a row that built-in functions read, each with the function's name.
+
     Raises:
         ConfigError: a function does not exist, or does not have an option that is given.
     """
@@ -153,6 +157,8 @@ class RewardSum:
                 name, number = f"{config.name}_{number}", number + 1
             self.functions[name] = (load_reward(config), config.weight)
         self.functions |= dict(extra or {})
+
+        self.keys = dict(found for config in configs for found in _keys_read(config))
 
     def __call__(self, answers: Sequence[Answer]) -> Rewarded:
         """Returns the rewards of answers; a function that raises or returns NaN fails."""
@@ -230,6 +236,17 @@ def _check_options(config: RewardFunctionConfig, function: Reward) -> None:
                 f"reward {config.function!r}: option {key}={value!r}: "
                 f"{error.errors()[0]['msg'].lower()}"
             ) from None
+
+
+def _keys_read(config: RewardFunctionConfig) -> Iterator[tuple[str, str]]:
+    """Yields the key of a row that a built-in function reads, with the function's name."""
+    function = _BUILT_IN.get(config.function)
+    options = config.options
+    if function is None or (function is contains and options.get("text") is not None):
+        return
+    key = inspect.signature(function).parameters.get("key")
+    if key is not None:
+        yield str(options.get("key", key.default)), config.function
 
 
 def _module(place: str, whole: str) -> object:

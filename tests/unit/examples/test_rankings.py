@@ -95,5 +95,5 @@ def test_identical_responses_are_dropped_and_counted(tiny_tokenizer):
     assert (account.rows, account.samples, account.dropped_equal) == (3, 1, 2)
     assert account.tokens == sum(len(e.token_ids) - 1 for e in found.sequences)
     assert account.trained_tokens == sum(sum(e.mask) for e in found.sequences)
-    with pytest.raises(DataError, match="identical in every row"):
+    with pytest.raises(DataError, match="identical, or have equal scores, in every row"):
         prepare(tiny_tokenizer, rows[0])

@@ -7,6 +7,7 @@ import pytest
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.rl.arithmetic import SumsConfig, sums
 from easyllm.rl.prompts import ArithmeticConfig, PromptsConfig, prepare_prompts
+from easyllm.rl.rewards import RewardFunctionConfig, RewardSum
 
 
 def test_sums_are_right_and_those_held_out_are_others():
@@ -51,12 +52,12 @@ def test_more_sums_than_there_are_cannot_be_held_out():
         sums(SumsConfig(digits=1), count=1, held_out=81, seed=0)
 
 
-def prepare(tmp_path, tokenizer, rows, **changes):
+def prepare(tmp_path, tokenizer, rows, keys=(), **changes):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     values = {"train": [str(file)], "max_seq_len": 24} | changes
     data = PromptsConfig.model_validate(values)
-    return prepare_prompts(data, [file], tokenizer, max_new_tokens=8)
+    return prepare_prompts(data, [file], tokenizer, max_new_tokens=8, keys=dict(keys))
 
 
 def test_rows_reach_the_rewards_and_long_prompts_are_dropped_or_cut(tmp_path, tiny_tokenizer):
@@ -81,6 +82,23 @@ def test_a_prompt_may_be_messages(tmp_path, tiny_tokenizer):
 def test_a_row_without_a_prompt_is_refused(row, tmp_path, tiny_tokenizer):
     with pytest.raises(DataError, match=r"rows.jsonl:1 has .* under 'prompt'"):
         prepare(tmp_path, tiny_tokenizer, [row])
+
+
+def test_a_row_without_a_key_that_a_built_in_reward_reads_is_refused(tmp_path, tiny_tokenizer):
+    configs = [
+        RewardFunctionConfig(function="exact", options={"key": "right"}),
+        RewardFunctionConfig(function="contains", options={"text": "x"}),
+        RewardFunctionConfig(function="code"),
+        RewardFunctionConfig(function="digits"),
+    ]
+    keys = RewardSum(configs).keys
+    assert keys == {"right": "exact", "tests": "code"}
+    rows = [{"prompt": "hi", "right": "1", "tests": ""}, {"prompt": "hi", "chosen": "a"}]
+    prepare(tmp_path, tiny_tokenizer, rows[:1], keys)
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:2 has no key 'right', .* reward 'exact' reads"
+    ):
+        prepare(tmp_path, tiny_tokenizer, rows, keys)
 
 
 def test_an_answer_longer_than_a_sequence_is_refused(tiny_tokenizer):
