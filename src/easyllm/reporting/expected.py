@@ -244,7 +244,8 @@ def make_band(recipe: str, config: JsonMapping, runs: Sequence[Sequence[JsonMapp
 def _widened(values: Sequence[float], share: float) -> Range:
     low, high = min(values), max(values)
     margin = max(high - low, share * max(abs(low), abs(high)))
-    return Range(low - margin, high + margin)
+    least = 0.0 if low >= 0 else -math.inf  # what is never negative is not expected to be
+    return Range(max(low - margin, least), high + margin)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -74,8 +74,10 @@ def _learning_rate(symptoms: Symptoms) -> Iterator[str]:
             continue
         factor = float(value) / float(usual)
         high = symptoms.side(LOSS) > 0
-        if high and factor >= FACTOR:
+        if factor >= FACTOR and high:
             yield f"{key} is {factor:g} times the recipe's: the loss diverges; lower it"
+        elif factor >= FACTOR and symptoms.side(NORM) > 0:
+            yield f"{key} is {factor:g} times the recipe's, and gradients are large; lower it"
         if high and 0 < factor <= 1 / FACTOR:
             yield f"{key} is {1 / factor:g} times smaller than the recipe's: too slow; raise it"
 
@@ -105,6 +107,14 @@ def _low_loss(symptoms: Symptoms) -> Iterator[str]:
         yield (
             "the answers are in the prompts, or rows occur several times; look at samples with "
             "`easyllm data inspect`, and at the loss on held-out rows"
+        )
+
+
+def _norm_alone(symptoms: Symptoms) -> Iterator[str]:
+    if symptoms.side(NORM) > 0 and not symptoms.side(LOSS) and not symptoms.changed:
+        yield (
+            "gradients are larger than usual, but the loss is not: batches have less variety (rows "
+            "occur several times, or fewer are packed); look at samples with `easyllm data inspect`"
         )
 
 
@@ -173,7 +183,7 @@ def _memory(symptoms: Symptoms) -> Iterator[str]:
 
 RULES: tuple[Callable[[Symptoms], Iterator[str]], ...] = (
     *(_learning_rate, _not_finite, _labels, _flat, _diverged, _stalled, _from_the_start),
-    *(_low_loss, _changed_keys, _slow, _memory),
+    *(_low_loss, _norm_alone, _changed_keys, _slow, _memory),
 )
 """The rules, the most specific first."""
 

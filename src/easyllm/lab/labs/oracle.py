@@ -45,7 +45,7 @@ class Parameters(LabConfig):
 
     quick_values: ClassVar[JsonObject] = {"steps": 24, "runs": 2}
 
-    steps: PositiveInt = Field(default=100, ge=20, le=5000, description="Steps of each run.")
+    steps: PositiveInt = Field(default=200, ge=20, le=5000, description="Steps of each run.")
     runs: PositiveInt = Field(default=3, ge=2, le=20, description="Healthy runs of the band.")
 
 
@@ -109,11 +109,12 @@ def run(parameters: Parameters) -> Result:
                 x="step",
                 y="nats per token",
                 lines=_loss_lines(band, curves),
+                log_y=True,
             ),
             Bars(
                 title="Mean gradient norm at the end",
                 x="run",
-                y="norm, relative to the upper end of the band",
+                y="norm / upper end of the band",
                 groups=list(curves),
                 series={
                     "norm": [_last_norm(band, lines) for lines in curves.values()],
@@ -166,7 +167,7 @@ def _config(folder: Path, parameters: Parameters, fault: str = "") -> JsonObject
             "max_seq_len": 64,
             "train_on": "all" if fault == "prompts trained" else "assistant",
         },
-        "optimizer": {"learning_rate": 4e-3 * factor},
+        "optimizer": {"learning_rate": 2e-3 * factor},
         "schedule": {"kind": "constant"},
         "batch_size": 16,
         "max_steps": parameters.steps,
@@ -233,7 +234,7 @@ def _place(lines: Sequence[str], pattern: str) -> int | None:
 def _loss_lines(band: Band, curves: dict[str, Lines_]) -> dict[str, list[tuple[float, float]]]:
     ranges = band.by_step[LOSS]
     lines = {
-        "band, low": [(float(s), max(r.low, 0.0)) for s, r in zip(band.steps, ranges, strict=True)],
+        "band, low": [(float(s), max(r.low, 1e-3)) for s, r in zip(band.steps, ranges, strict=True)],
         "band, high": [(float(s), r.high) for s, r in zip(band.steps, ranges, strict=True)],
     }
     top = 2 * ranges[0].high

@@ -6,7 +6,7 @@ from typing import ClassVar
 from pydantic import Field, PositiveInt
 
 from easyllm.core.json_types import JsonObject
-from easyllm.lab.lab import Lab, LabConfig, Lines, Result, Text, claim, number
+from easyllm.lab.lab import Lab, LabConfig, Lines, Number, Result, Text, claim, number
 from easyllm.nn.position_config import LinearScaling, NTKScaling, Rope, YarnScaling
 from easyllm.nn.rope_scaling import critical_dim, ntk_base, rope_frequencies, yarn_attention_factor
 
@@ -45,8 +45,9 @@ def run(parameters: Parameters) -> Result:
     }
     turns = {
         name: [(float(i), float(f) * length * factor / (2 * math.pi)) for i, f in enumerate(each)]
-        for name, each in {"unscaled": plain, **found}.items()
+        for name, each in {**found, "unscaled": plain}.items()
     }
+    own_base, own_dims = ntk_base(theta, width, factor), critical_dim(theta, width, length)
     bases = {s: ntk_base(10000.0, 128, s) for s in (2.0, 4.0, 8.0)}
     factors = {
         s: yarn_attention_factor(YarnScaling(factor=s, original_max_seq_len=4096))
@@ -90,6 +91,7 @@ def run(parameters: Parameters) -> Result:
                 "critical dimension of Llama-2 (4,096 tokens)",
                 "Llama-2 的临界维度（4,096 词元）",
             ),
+            *_own(own_base, yarn_attention_factor(yarn), own_dims),
         ],
         figures=[
             Lines(
@@ -119,16 +121,44 @@ def run(parameters: Parameters) -> Result:
                 (
                     f"Bases {bases[2.0]:,.2f}, {bases[4.0]:,.2f} and {bases[8.0]:,.2f} for 2, 4 "
                     f"and 8; factors {factors[4.0]:.4f} and {factors[16.0]:.4f} for 4 and 16; "
-                    f"critical dimension {dims}.",
+                    f"critical dimension {dims}. With the factor {factor:g} of this run: base "
+                    f"{own_base:,.2f}, factor on attention {yarn_attention_factor(yarn):.4f}.",
                     f"因子 2、4、8 的基数为 {bases[2.0]:,.2f}、{bases[4.0]:,.2f}、"
                     f"{bases[8.0]:,.2f}；"
                     f"因子 4、16 的系数为 {factors[4.0]:.4f}、{factors[16.0]:.4f}；临界维度为 "
-                    f"{dims}。",
+                    f"{dims}。本次因子 {factor:g}：基数 {own_base:,.2f}，"
+                    f"注意力系数 {yarn_attention_factor(yarn):.4f}。",
                 ),
                 "reproduced" if as_published else "not",
             )
         ],
     )
+
+
+def _own(base: float, attention: float, dims: int) -> list[Number]:
+    """Returns the numbers for the parameters that were given."""
+    return [
+        number(
+            "ntk_base",
+            base,
+            "NTK base for these parameters (head_dim, theta, factor)",
+            "按所给参数（head_dim、theta、factor）的 NTK 基数",
+            7,
+        ),
+        number(
+            "yarn_factor",
+            attention,
+            "YaRN attention factor for this factor",
+            "按所给 factor 的 YaRN 注意力系数",
+            5,
+        ),
+        number(
+            "own_critical_dim",
+            dims,
+            "critical dimension for these parameters (head_dim, theta, trained)",
+            "按所给参数（head_dim、theta、trained）的临界维度",
+        ),
+    ]
 
 
 LAB = Lab(
