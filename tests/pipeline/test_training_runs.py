@@ -112,7 +112,7 @@ def test_commands_write_the_page_and_the_event_files(files, tiny_folder, tmp_pat
     folder = tmp_path / "run"
     if way == "stage":
         stage = TrainStage.model_validate(config.model_dump() | {"kind": "train"})
-        run_stage(stage, folder)
+        run_stage(stage, folder, "mine")
     else:
         (tmp_path / "recipe.yaml").write_text(dump_yaml(config), encoding="utf-8")
         words = ["train", str(tmp_path / "recipe.yaml"), f"output={folder}"]

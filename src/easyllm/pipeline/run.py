@@ -100,18 +100,27 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
         for number, (name, stage) in enumerate(recipe.stages.items(), 1):
             label = f"[{number}/{len(recipe.stages)}] {name}"
             products = {n: r.product for n, r in results.items()}
-            results[name] = _result(stage, output / name, keys[name], products, label)
+            results[name] = _result(
+                stage, output / name, keys[name], products, label=label, recipe=recipe.name
+            )
     return results
 
 
 def _result(
-    stage: Stage, folder: Path, key: str, products: Mapping[str, Path], label: str
+    stage: Stage,
+    folder: Path,
+    key: str,
+    products: Mapping[str, Path],
+    *,
+    label: str,
+    recipe: str,
 ) -> StageResult:
     """Returns the result of a stage, which runs unless it is up to date.
 
     Args:
         products: the products of the stages before it, by name.
         label: what progress messages begin with.
+        recipe: the recipe's name.
     """
     record, use = record_file(folder), product(stage, folder)
     done = _read_record(record)
@@ -121,7 +130,7 @@ def _result(
     console().print(f"{label}: {stage.kind}", markup=False)
     _prepare(stage, folder, key, done)
     start = time.monotonic()
-    figures = run_stage(resolve(stage, products), folder)
+    figures = run_stage(resolve(stage, products), folder, recipe)
     seconds = time.monotonic() - start
     write_json(record, {"key": key, "figures": figures, "seconds": seconds})
     _set_pending(folder, None)

@@ -53,16 +53,19 @@ RECORDS = "stages"
 """Folder of the stages' records, in a run's folder."""
 
 
-def run_stage(stage: Config, folder: Path) -> JsonObject:
+def run_stage(stage: Config, folder: Path, recipe: str) -> JsonObject:
     """Runs a stage whose references are resolved.
 
     Args:
         stage: the stage's configuration.
         folder: the folder for the stage's files.
+        recipe: the recipe's name.
 
     Returns:
         The stage's figures, for its record.
     """
+    if isinstance(stage, TrainStage):
+        return _train(stage, folder, recipe)
     runner: Callable[[Any, Path], JsonObject] = _RUNNERS[type(stage)]
     return runner(stage, folder)
 
@@ -205,12 +208,14 @@ def _evaluate(stage: EvaluateStage, _folder: Path) -> JsonObject:
     }
 
 
-def _train(stage: TrainStage, folder: Path) -> JsonObject:
+def _train(stage: TrainStage, folder: Path, recipe: str) -> JsonObject:
     # the training finished, but was interrupted before its record was written
     if (folder / MANIFEST_FILE).is_file():
         return Manifest.read(folder / MANIFEST_FILE).results
     config = train_config(stage)
-    callbacks = reporting_callbacks(config, diagnose=report)
+    callbacks = reporting_callbacks(
+        config, f"{recipe}/{folder.name}", root=folder.parent, diagnose=report
+    )
     return train(config, folder, callbacks=callbacks).figures
 
 
@@ -236,7 +241,6 @@ _RUNNERS: dict[type[Config], Callable[[Any, Path], JsonObject]] = {
     CorpusStage: _corpus,
     ConvertStage: _convert,
     EvaluateStage: _evaluate,
-    TrainStage: _train,
     MergeStage: _merge,
     ExtendStage: _extend,
 }

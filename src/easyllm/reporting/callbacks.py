@@ -21,6 +21,7 @@ def reporting_callbacks(
     config: TrainConfig,
     recipe: str | None = None,
     *,
+    root: Path | None = None,
     diagnose: Callable[[Path], JsonObject] | None = None,
 ) -> tuple[Callback, ...]:
     """Returns the callbacks that write the reports which a recipe configures.
@@ -30,7 +31,9 @@ def reporting_callbacks(
 
     Args:
         config: the configuration.
-        recipe: name of the shipped recipe that it comes from; None for a recipe of the user's.
+        recipe: name of the shipped recipe that it comes from, or RECIPE/STAGE; None for a recipe of
+            the user's.
+        root: the output folder of the recipe, if this is one of its stages.
         diagnose: says what is unusual in a run, such as `easyllm.rl.doctor.report`; the page then
             shows it.
 
@@ -42,7 +45,7 @@ def reporting_callbacks(
         found.append(TensorBoard())
     band = None if recipe is None else load_band(recipe)
     if band is not None:
-        found.append(ExpectedBand(band))
+        found.append(ExpectedBand(band, root))
     return tuple(found)
 
 

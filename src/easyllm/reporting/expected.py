@@ -78,8 +78,12 @@ class Band:
 
 
 def band_file(recipe: str) -> Path:
-    """Returns the file of a recipe's band; it may not exist."""
-    return recipes_folder() / FOLDER / f"{recipe}.json"
+    """Returns the file of a band; it may not exist.
+
+    Args:
+        recipe: the recipe's name, or RECIPE/STAGE of a training within a recipe of several stages.
+    """
+    return recipes_folder() / FOLDER / f"{recipe.replace('/', '.')}.json"
 
 
 def load_band(recipe: str) -> Band | None:
@@ -110,18 +114,33 @@ def load_band(recipe: str) -> Band | None:
         ) from None
 
 
-def portable(config: JsonMapping) -> JsonObject:
-    """Returns a configuration whose paths of shipped files are the same on every machine."""
-    text = json.dumps(dict(config)).replace(json.dumps(str(recipes_folder()))[1:-1], "recipes")
+def portable(config: JsonMapping, root: Path | None = None) -> JsonObject:
+    """Returns a configuration whose paths are the same on every machine.
+
+    Args:
+        config: the configuration of a training.
+        root: the folder of the run that it is a stage of; None if it is not one.
+    """
+    text = json.dumps(dict(config))
+    for folder, name in ((root, "run"), (recipes_folder(), "recipes")):
+        if folder is not None:
+            text = text.replace(json.dumps(str(folder))[1:-1], name)
     found: JsonObject = json.loads(text)
     return found
 
 
-def changes(config: JsonMapping, band: Band) -> list[tuple[str, object, object]]:
-    """Returns (key, the recipe's value, this run's value) of what was changed and matters."""
+def changes(
+    config: JsonMapping, band: Band, root: Path | None = None
+) -> list[tuple[str, object, object]]:
+    """Returns (key, the recipe's value, this run's value) of what was changed and matters.
+
+    Args:
+        config, root: as for `portable`.
+        band: the recipe's band.
+    """
     return [
         change
-        for change in _differences("", band.config, portable(config))
+        for change in _differences("", band.config, portable(config, root))
         if change[0].split(".")[0] not in IRRELEVANT
     ]
 

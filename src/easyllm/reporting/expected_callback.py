@@ -1,6 +1,7 @@
 """Says at each evaluation, and at the end, whether a run is inside its recipe's band."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.core.progress import console
@@ -22,10 +23,11 @@ class ExpectedBand(Callback):
 
     Args:
         band: the band.
+        root: the folder of the recipe that this training is a stage of; None if it is not one.
     """
 
-    def __init__(self, band: Band) -> None:
-        self._band = band
+    def __init__(self, band: Band, root: Path | None = None) -> None:
+        self._band, self._root = band, root
         self._watch: Watch | None = None
         self._skipped = 0
         self._said: str | None = None
@@ -51,7 +53,8 @@ class ExpectedBand(Callback):
     def _say(self, run: Run) -> None:
         if self._watch is None:
             return
-        lines = verdict(self._watch, run.config.model_dump(mode="json"), skipped=self._skipped)
+        config = run.config.model_dump(mode="json")
+        lines = verdict(self._watch, config, skipped=self._skipped, root=self._root)
         text = "\n".join(lines)
         if lines and text != self._said:
             self._said = text
@@ -59,15 +62,18 @@ class ExpectedBand(Callback):
                 console().print(f"step {run.progress.step}: {line}", soft_wrap=True, markup=False)
 
 
-def verdict(watch: Watch, config: JsonMapping, *, skipped: int = 0) -> list[str]:
+def verdict(
+    watch: Watch, config: JsonMapping, *, skipped: int = 0, root: Path | None = None
+) -> list[str]:
     """Returns what to say about a run: one line inside the band, else the causes too.
 
     Args:
         watch: the run so far.
         config: its configuration.
         skipped: steps that changed nothing.
+        root: as for `ExpectedBand`.
     """
-    changed = changes_of(config, watch.band)
+    changed = changes_of(config, watch.band, root)
     sides = watch.sides()
     if any(key.split(".")[0] in DEFINING and key != "data.train_on" for key, _, _ in changed):
         sides = {name: side for name, side in sides.items() if name not in BY_STEP}

@@ -110,3 +110,37 @@ def test_only_a_shipped_recipe_with_a_band_is_watched(tmp_path, monkeypatch):
     assert ExpectedBand in kinds
     for name in (None, "mine"):
         assert ExpectedBand not in [type(each) for each in reporting_callbacks(config, name)]
+
+
+def test_a_stage_is_compared_wherever_its_recipe_writes(tmp_path, monkeypatch):
+    """The models and shards of stages before it are in the output folder, which may be another."""
+    monkeypatch.setattr(expected, "recipes_folder", lambda: tmp_path)
+
+    def config(root):
+        return {
+            **CONFIG,
+            "model": f"{root}/pretrain/model",
+            "data": {"train": [f"{tmp_path}/data/a.jsonl"], "train_on": "answers"},
+        }
+
+    made = expected.portable(config(tmp_path / "runs"), tmp_path / "runs")
+    band = make_band("whole/sft", made, [run(), run(3.1)])
+    path = expected.band_file("whole/sft")
+    assert path == tmp_path / "expected" / "whole.sft.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(band.as_dict()))
+    assert str(tmp_path) not in path.read_text()
+
+    here = tmp_path / "elsewhere"
+    assert not expected.changes(config(here), load_band("whole/sft"), here)
+    (change,) = expected.changes(config("other"), load_band("whole/sft"), here)
+    assert change[0] == "model"
+    loaded = TrainConfig.model_validate({"model": "smollm2", "data": {"train": ["a.jsonl"]}})
+    kinds = [type(each) for each in reporting_callbacks(loaded, "whole/sft", root=here)]
+    assert ExpectedBand in kinds
+
+
+def test_what_is_never_negative_is_not_expected_to_be():
+    band = make_band("sft", CONFIG, [run(3.0, 0.01), run(3.0, 0.5)])
+    assert band.by_step["train/loss_nats"][-1].low == 0
+    assert make_band("rl", CONFIG, [run(3.0, -0.4)]).by_step["train/loss_nats"][-1].low < 0

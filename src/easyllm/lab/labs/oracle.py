@@ -234,7 +234,9 @@ def _place(lines: Sequence[str], pattern: str) -> int | None:
 def _loss_lines(band: Band, curves: dict[str, Lines_]) -> dict[str, list[tuple[float, float]]]:
     ranges = band.by_step[LOSS]
     lines = {
-        "band, low": [(float(s), max(r.low, 1e-3)) for s, r in zip(band.steps, ranges, strict=True)],
+        "band, low": [
+            (float(s), max(r.low, 1e-3)) for s, r in zip(band.steps, ranges, strict=True)
+        ],
         "band, high": [(float(s), r.high) for s, r in zip(band.steps, ranges, strict=True)],
     }
     top = 2 * ranges[0].high
