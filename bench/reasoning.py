@@ -2,11 +2,11 @@
 
     python bench/reasoning.py [--steps 900] [--seeds 2] [--record]
 
-Sums of six digits, one token per character. The first model learns the answer (4+7+2+9+1+5=28),
-the second the sum so far after each number as well (4+7+2+9+1+5=11=13=22=23=28). Both see the same
-number of tokens, so the first sees more sums. On sums that neither has seen: accuracy of greedy
-answers; and of the second model, one sample against the vote of eight at the same temperature, item
-by item.
+Sums of six digits modulo 10, one token per character. The first model learns the answer
+(4+7+2+9+1+5=8), the second the sum so far after each number as well (4+7+2+9+1+5=1=3=2=3=8). Both
+see the same number of tokens, so the first sees more sums. On sums that neither has seen: accuracy
+of greedy answers; and of the second model, one sample against the vote of eight at the same
+temperature, item by item.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def measure(tokenizer: Tokenizer, seed: int, options: argparse.Namespace) -> dic
 
 def text_of(numbers: Sum, *, trace: bool) -> tuple[str, str]:
     """Returns the question and the answer, with its step or without."""
-    sums = list(itertools.accumulate(numbers))[1:]
+    sums = list(itertools.accumulate(numbers, lambda one, other: (one + other) % 10))[1:]
     shown = sums if trace else sums[-1:]
     return f"{'+'.join(map(str, numbers))}=", "=".join(map(str, shown))
 
@@ -150,7 +150,7 @@ def right(
         found = vote([(r.text, extract("number", r.text), r.tokens, r.truncated) for r in replies])
         answers.append(found.answer)
     return [
-        answer is not None and same_number(answer, str(sum(numbers)))
+        answer is not None and same_number(answer, str(sum(numbers) % 10))
         for answer, numbers in zip(answers, held, strict=True)
     ]
 
