@@ -15,6 +15,7 @@ from easyllm.ops.linear_attention import weights as linear_weights
 HEADS, DIM, SCALE = 4, 16, 0.4
 SLOPES = [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8]
 ALIBI = AlibiPosition(HEADS).terms
+DIRECTIONS = ("forward", "backward", "both", "backward")
 
 PATHS = {
     "plain": {},
@@ -30,6 +31,8 @@ MASKS = {
     "window and sinks": {"window": 3, "num_sinks": 2},
     "bidirectional": {"causal": False},
     "bidirectional window": {"causal": False, "window": 4},
+    "by head": {"causal": False, "directions": DIRECTIONS},
+    "by head, window": {"causal": False, "window": 4, "directions": DIRECTIONS},
 }
 
 
@@ -41,24 +44,29 @@ def qkv(length, kv_heads=2, *, dtype=torch.float64, seed=0):
     ]
 
 
-def sees(i, j, *, causal=True, window=None, num_sinks=0, prefix=0):
+def sees(i, j, *, causal=True, window=None, num_sinks=0, prefix=0, direction="both"):
     """Returns whether the query at position i sees the key at position j."""
-    if i < prefix and j < prefix:
+    inside = i < prefix and j < prefix
+    hidden = "forward" if i < j else "backward"  # the direction of heads that do not look there
+    if (inside or not causal) and i != j and direction == hidden:
+        return False
+    if inside:
         return True
     if causal and j > i:
         return False
     return window is None or abs(i - j) < window or j < num_sinks
 
 
-def by_hand(q, k, v, *, terms=None, softcap=None, **mask):
+def by_hand(q, k, v, *, terms=None, softcap=None, directions=None, **mask):
     """Returns [Tq, H, d] fp64: an explicit softmax over visible keys, for the last Tq positions."""
     out = torch.zeros_like(q, dtype=torch.float64)
     q, k, v = (x.double() for x in (q, k, v))
     first, group = len(k) - len(q), HEADS // k.shape[1]
     for row in range(len(q)):
         i = first + row
-        keys = [j for j in range(len(k)) if sees(i, j, **mask)]
         for head in range(HEADS):
+            way = directions[head] if directions else "both"
+            keys = [j for j in range(len(k)) if sees(i, j, direction=way, **mask)]
             scores = SCALE * (k[keys, head // group] @ q[row, head])
             if terms is not None:
                 scores -= SLOPES[head] * torch.tensor([abs(i - j) for j in keys])
@@ -166,7 +174,9 @@ PREFIXES = [(0, 0, 0), (1, 1, 1), (4, 1, 7), (9, 0, 12), (2, 1, 0)]
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("prefixes", PREFIXES, ids=str)
 @pytest.mark.parametrize(
-    "mask", [MASKS[n] for n in ("causal", "window", "window and sinks")], ids=str
+    "mask",
+    [*(MASKS[n] for n in ("causal", "window", "window and sinks")), {"directions": DIRECTIONS}],
+    ids=str,
 )
 def test_the_prefix_mask_equals_unilms(path, prefixes, mask):
     """The first tokens of each packed sequence attend bidirectionally, the rest causally."""
@@ -211,6 +221,16 @@ def test_the_prefix_mask_matches_its_drawing():
         [1, 1, 1, 1, 0],
         [1, 1, 1, 1, 1],
     ]
+
+
+def test_heads_of_a_prefix_mask_match_their_drawing():
+    at, ways = torch.arange(4), ("forward", "backward")
+    rule = AttentionRule(scale=1.0, directions=ways)
+    assert visible(at, at, rule, prefix=3).int().tolist() == [
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
+        [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1]],
+    ]
+    assert torch.equal(visible(at, at, rule), visible(at, at, AttentionRule(scale=1.0)))
 
 
 def test_window_and_sinks_match_their_drawing():

@@ -14,7 +14,7 @@ from easyllm.nn.context import ForwardContext
 from easyllm.nn.cost import FP32, INT64, Activation, CostTrace, Scores
 from easyllm.nn.linear import Linear, fused_linears
 from easyllm.nn.norm import build_norm
-from easyllm.nn.pairs import visible_keys, visible_pairs
+from easyllm.nn.pairs import pairs_of_heads, visible_keys
 from easyllm.nn.position import build_position
 from easyllm.ops.attention import attention
 from easyllm.ops.attention_backends import C_TRAINING, SDPA
@@ -57,6 +57,7 @@ class Attention(nn.Module):
             window=config.window,
             num_sinks=config.num_sinks,
             softcap=config.softcap,
+            directions=config.directions,
             terms=self.position.terms,
         )
 
@@ -116,8 +117,9 @@ class Attention(nn.Module):
         # SDPA materialises the scores too if its mask has a gradient
         written = SDPA.rule_unsupported_reason(self.rule) is not None
         written = written or (position.trained_mask and work.trains_all)
-        pairs = sum(visible_pairs(config, n, work.counting) for n in work.lengths)
-        scores = Scores(q, k, v, config.num_heads, config.head_dim, flops=2 * pairs * width)
+        pairs = sum(pairs_of_heads(config, n, work.counting) for n in work.lengths)
+        flops = 2 * pairs * config.head_dim
+        scores = Scores(q, k, v, config.num_heads, config.head_dim, flops=flops)
         if out.grad and written:
             self._keep_scores(trace, scores)
         elif out.grad:
@@ -149,7 +151,8 @@ class Attention(nn.Module):
         if C_TRAINING.rule_unsupported_reason(self.rule) is None:
             trace.keep("starts", (len(lengths) + 1) * INT64)
             return out
-        masks = config.num_heads if self.position.mask_per_head else 1
+        by_head = self.position.mask_per_head or config.directions is not None
+        masks = config.num_heads if by_head else 1
         trace.keep("mask", masks * trace.work.pairs * trace.work.itemsize)
         if len(lengths) == 1:
             return out

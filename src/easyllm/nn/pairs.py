@@ -28,6 +28,24 @@ def visible_pairs(mixer: AttentionConfig, length: int, counting: Counting) -> in
     return near + sinks * (sinks + 1) // 2 + (outside - sinks) * sinks
 
 
+def pairs_of_heads(mixer: AttentionConfig, length: int, counting: Counting) -> int:
+    """Returns the sum of `visible_pairs` over the query heads.
+
+    A head that sees one direction of a bidirectional layer has as many pairs as a causal one.
+
+    >>> mixer = AttentionConfig(
+    ...     num_heads=2, num_kv_heads=2, head_dim=2, causal=False, directions=("backward", "both")
+    ... )
+    >>> pairs_of_heads(mixer, 10, "causal")
+    155
+    """
+    pairs = visible_pairs(mixer, length, counting)
+    if mixer.directions is None or mixer.causal or counting == "full":
+        return mixer.num_heads * pairs
+    one_way = visible_pairs(mixer.model_copy(update={"causal": True}), length, counting)
+    return sum(pairs if direction == "both" else one_way for direction in mixer.directions)
+
+
 def visible_keys(mixer: AttentionConfig, length: int) -> int:
     """Returns the number of keys that the last of `length` tokens sees."""
     if mixer.window is None or length <= mixer.window:

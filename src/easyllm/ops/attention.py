@@ -105,9 +105,10 @@ def attend_segment(
     if SDPA.rule_unsupported_reason(rule) is not None:
         return explicit_attention(q, k, v, rule, query, key, prefix=prefix)
     all_near = not _window_hides_keys(rule, key)
+    by_head = rule.directions is not None and (not rule.causal or prefix > 1)
     whole = num_queries == num_keys and prefix <= 1 and all_near
     causal = rule.causal and num_queries > 1 and whole
-    sees_all = (not rule.causal or num_queries == 1) and all_near
+    sees_all = (not rule.causal or num_queries == 1) and all_near and not by_head
     mask = None
     if rule.terms is not None and rule.terms.bias is not None:
         bias = rule.terms.bias(query, key).to(q.dtype)
@@ -128,7 +129,10 @@ def attend_segment(
 
 
 def visible(query: Tensor, key: Tensor, rule: AttentionRule, *, prefix: int = 0) -> Tensor:
-    """Returns the attention mask [Tq, Tk] bool: which keys each query sees, by position."""
+    """Returns the attention mask [Tq, Tk] bool: which keys each query sees, by position.
+
+    It is [H, Tq, Tk] if heads have directions of their own.
+    """
     query, key = query[:, None], key[None, :]
     mask = torch.ones(query.shape[0], key.shape[1], dtype=torch.bool, device=query.device)
     if rule.causal:
@@ -138,9 +142,14 @@ def visible(query: Tensor, key: Tensor, rule: AttentionRule, *, prefix: int = 0)
         mask &= near | (key < rule.num_sinks) if rule.num_sinks else near
         if not rule.causal:
             mask &= key < query + rule.window
+    inside = (key < prefix) & (query < prefix)
     if prefix:
-        mask |= (key < prefix) & (query < prefix)
-    return mask
+        mask |= inside
+    if rule.directions is None or (rule.causal and not prefix):
+        return mask
+    hidden = {"forward": key > query, "backward": key < query, "both": torch.zeros_like(mask)}
+    by_head = torch.stack([hidden[direction] for direction in rule.directions])
+    return mask & ~(by_head & inside if rule.causal else by_head)
 
 
 def explicit_attention(

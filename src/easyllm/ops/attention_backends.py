@@ -102,6 +102,8 @@ def _plain_rule(rule: AttentionRule) -> str | None:
         return "sinks"
     if rule.window is not None and not rule.causal:
         return "a sliding window without a causal mask"
+    if rule.directions is not None and not rule.causal:
+        return "heads with directions of their own"
     return None
 
 

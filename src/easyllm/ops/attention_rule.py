@@ -5,8 +5,12 @@ Shapes: Tq queries, Tk keys, H query heads, d head_dim.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
+
+HeadDirection = Literal["forward", "backward", "both"]
+"""Which keys a head sees: those up to the query, the query and later ones, or all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,8 @@ class AttentionRule:
         window: sliding window; a query at position i sees keys at positions > i - window.
         num_sinks: number of first keys (attention sinks) that stay visible outside the window.
         softcap: scores become cap · tanh(score / cap).
+        directions: the direction of each query head, where attention is bidirectional: everywhere
+            if it is not causal, else within a prefix; None if all heads see both.
         terms: how the layer's position encoding changes the scores.
     """
 
@@ -46,4 +52,5 @@ class AttentionRule:
     window: int | None = None
     num_sinks: int = 0
     softcap: float | None = None
+    directions: tuple[HeadDirection, ...] | None = None
     terms: ScoreTerms | None = None

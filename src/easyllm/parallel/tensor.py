@@ -99,6 +99,8 @@ def unsupported_reason(model: ModelConfig, *, sequence: bool = False) -> str | N
             return f"mixers of kind {layer.mixer.kind}"
         if not isinstance(layer.mixer.position, Rope | NoPosition):
             return f"positions of kind {layer.mixer.position.kind}, which differ between heads"
+        if layer.mixer.directions is not None:
+            return "heads with directions of their own"
         if not isinstance(layer.feed_forward, GLUConfig | MLPConfig):
             return "mixtures of experts"
     if model.num_labels is not None:

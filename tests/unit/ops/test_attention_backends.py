@@ -31,6 +31,7 @@ CAPPED = AttentionRule(scale=1.0, softcap=30.0)
 SINKS = AttentionRule(scale=1.0, window=8, num_sinks=2)
 WINDOW = AttentionRule(scale=1.0, window=8)
 BOTH_WAYS = AttentionRule(scale=1.0, causal=False)
+BY_HEAD = AttentionRule(scale=1.0, causal=False, directions=("forward", "backward"))
 BOTH_WAYS_WINDOW = AttentionRule(scale=1.0, causal=False, window=8)
 
 
@@ -107,6 +108,9 @@ REASONS = [
     (TRITON_PAGES, {"rule": BIAS}, "positions that change the scores"),
     (TRITON_PAGES, {"rule": SINKS}, "sinks"),
     (TRITON_PAGES, {"rule": BOTH_WAYS}, "no causal mask"),
+    (C_TRAINING, {"rule": BY_HEAD}, "heads with directions of their own"),
+    (FLASH, {"rule": BY_HEAD}, "heads with directions of their own"),
+    (C_PAGES, {"rule": BY_HEAD}, "no causal mask"),
     (TRITON_PAGES, {"captured": False}, "a pass outside a captured decoding step"),
     (TRITON_PAGES, {"page_size": 0}, "keys outside pages"),
     (TRITON_PAGES, {"prefix": True}, "a bidirectional prefix"),
