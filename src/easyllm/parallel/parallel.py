@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from easyllm.parallel.pieces import Piece
 from easyllm.parallel.sharding import ReplicatedWeights, Sharding, Sink
 from easyllm.parallel.tensor import TensorSharding
 
+T = TypeVar("T")
 STAGES = {"ddp": 0, "zero1": 1, "zero2": 2}
 
 
@@ -56,6 +57,14 @@ class Parallel:
     def is_first(self) -> bool:
         """Whether this is rank 0."""
         return self.mesh.is_first
+
+    def forward(self, work: Callable[[], T]) -> T:
+        """Calls `work`, which reads the model's weights, and returns its result."""
+        return work()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates the gradient of a term of the loss that all ranks sum (a scalar)."""
+        loss.backward()
 
     def begin_micro_batch(self, *, last: bool) -> None:
         """Called before the backward pass of each micro-batch of a step."""

@@ -224,6 +224,12 @@ class TrainConfig(Config):
         description="A DeepSpeed configuration (ds_config.json) whose values apply to this run; "
         "keys that it leaves out or sets to auto are the recipe's.",
     )
+    backend: Literal["torch", "deepspeed"] = Field(
+        default="torch",
+        description="What divides a run among processes: `torch` is this package on "
+        "torch.distributed, `deepspeed` the engine of DeepSpeed (extra `deepspeed`), driven by the "
+        "file that deepspeed names.",
+    )
     device: Annotated[str, AfterValidator(check_device_name)] = Field(
         default="auto",
         description="Device to train on; `auto` selects the accelerator if there is one.",
@@ -285,6 +291,15 @@ class TrainConfig(Config):
             raise ValueError(
                 f"quantize={self.quantize} freezes the weights, so that an adapter is needed to "
                 "train; set adapter.kind=lora, or remove quantize"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_has_its_file(self) -> "TrainConfig":
+        if self.backend == "deepspeed" and self.deepspeed is None:
+            raise ValueError(
+                "backend=deepspeed needs a DeepSpeed configuration; set deepspeed=ds_config.json, "
+                "or backend=torch"
             )
         return self
 

@@ -1,7 +1,8 @@
 """A recipe with a DeepSpeed configuration (`deepspeed: ds_config.json`)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import Json, JsonObject
 from easyllm.core.progress import console
 from easyllm.parallel.deepspeed_config import DeepSpeedSettings, RecipeValues, read_deepspeed
+from easyllm.parallel.deepspeed_values import Fate, ResolvedKey
 from easyllm.train.config import TrainConfig
 from easyllm.train.optim_config import AdamWConfig, MuonConfig, SGDConfig
 
@@ -22,6 +24,11 @@ SCALE_KEYS = {
     "min_loss_scale": "minimum",
 }
 LAYOUTS = ("ddp", "zero1", "zero2", "zero3")
+OURS: dict[str, tuple[Fate, str]] = {
+    "scheduler": ("mapped", "the run sets the learning rate of every step; warm-ups are linear"),
+    "activation_checkpointing": ("ignored", "the recipe's checkpoint_activations decides"),
+}
+"""Keys, and sections, that are not simply left to DeepSpeed's engine if it runs the file."""
 
 
 def with_deepspeed(
@@ -55,7 +62,8 @@ def with_deepspeed(
             "one of each, or write auto in the file"
         )
     if not quiet:
-        for line in table(settings):
+        keys = settings.keys if config.backend == "torch" else engine_keys(settings.keys)
+        for line in table(keys):
             console().print(line, soft_wrap=True, markup=False)
     return validate(TrainConfig, config.model_dump() | changes, source=str(path))
 
@@ -131,10 +139,8 @@ def changes_of(settings: DeepSpeedSettings, config: TrainConfig) -> JsonObject:
             changes["optimizer"] = optimizer | {"learning_rate": peak}
     for key in ("parallel", "optimizer", "schedule", "loss_scale"):
         if key in changes:
-            field = TrainConfig.model_validate(
-                {"data": config.data.model_dump(), key: changes[key]}
-            )
-            changes[key] = getattr(field, key).model_dump()
+            filled = TrainConfig.model_validate(config.model_dump() | {key: changes[key]})
+            changes[key] = getattr(filled, key).model_dump()
     return changes
 
 
@@ -167,13 +173,28 @@ def _schedule(kind: str, params: Mapping[str, Any], config: TrainConfig) -> Json
     return found
 
 
-def table(settings: DeepSpeedSettings) -> list[str]:
-    """Returns the resolved configuration, one line a key."""
-    width = max(len(each.key) for each in settings.keys)
+def engine_keys(keys: Iterable[ResolvedKey]) -> tuple[ResolvedKey, ...]:
+    """Returns what becomes of each key if DeepSpeed's own engine runs the file."""
+    found: list[ResolvedKey] = []
+    for each in keys:
+        section = each.key.partition(".")[0]
+        if section in OURS:
+            fate, note = OURS[section]
+            found.append(replace(each, fate=fate, note=note))
+        elif each.key == "zero_optimization.stage" or each.fate == "ignored":
+            found.append(replace(each, fate="honoured", note=""))
+        else:
+            found.append(each)
+    return tuple(found)
+
+
+def table(keys: Sequence[ResolvedKey]) -> list[str]:
+    """Returns a resolved configuration, one line a key."""
+    width = max(len(each.key) for each in keys)
     return [
         f"{each.key:<{width}}  {each.fate:<8}  {each.value}"
         + (f"  ({each.note})" * bool(each.note))
-        for each in settings.keys
+        for each in keys
     ]
 
 

@@ -24,6 +24,7 @@ from easyllm.parallel.parallel import Parallel
 from easyllm.quant import StorageFormat, plan_packed
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig
+from easyllm.train.deepspeed_backend import EngineOptimizer, attach_engine
 from easyllm.train.division import divide, divide_tensors, gathers_in
 from easyllm.train.objectives import Objective, Reference
 from easyllm.train.optim import MasterOptimizer
@@ -149,7 +150,8 @@ def build_model(
             fit the model.
         OutputError: the disk is too full for the state of a paged optimizer.
     """
-    compute = compute_dtype(config, device)
+    # DeepSpeed's engine casts the weights itself, and keeps the fp32 ones as masters
+    compute = compute_dtype(config, device) if config.backend == "torch" else torch.float32
     masters: dict[str, Tensor] | None = None
     adapters: AdapterSet | None = None
     if config.adapter is not None:
@@ -180,7 +182,14 @@ def build_model(
         for layer in model.layers:
             layer.feed_forward.compile(dynamic=True)  # type: ignore[union-attr]
     factors = {} if adapters is None else adapters.rate_factors(model)
-    parallel = None
+    parallel: Parallel | None = None
+    if config.backend == "deepspeed":
+        assert mesh is not None, "checked by check_backend"
+        given = EngineOptimizer(
+            trained, config.optimizer, config.parameter_groups, rate_factors=factors
+        )
+        parallel = attach_engine(model, config, mesh, adapters, given)
+        return Trained(model, given, adapters, parallel)
     if mesh is not None:
         parallel = divide(model, config, mesh, adapters, compute, tensors)
         trained = {name: parallel.sharding.parameters[name] for name in trained}

@@ -9,14 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from torch import Tensor
+
 from easyllm.adapters import AdapterSet, StepInfo
 from easyllm.batches.packing import Batch
 from easyllm.core.errors import EasyllmError
 from easyllm.core.progress import Progress
 from easyllm.nn.decoder import Decoder
 from easyllm.parallel.parallel import Parallel
+from easyllm.train.deepspeed_backend import EngineOptimizer
 from easyllm.train.objectives import Objective
-from easyllm.train.objectives.losses import MeanLoss
+from easyllm.train.objectives.losses import LossOutput, MeanLoss
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.precision import PrecisionPolicy
 from easyllm.train.schedule import rate_factor
@@ -83,10 +86,13 @@ def take_step(run: Run) -> StepReport:
     info = StepInfo(
         step=progress.step, total_steps=run.total_steps, gradient_scale=1.0 / precision.scale
     )
-    before = partial(_after_backward, run, info, factor)
-    norm = apply_gradients(
-        run.optimizer, precision, factor, config.clip_norm, loss, before, run.parallel
-    )
+    if isinstance(run.optimizer, EngineOptimizer):
+        norm = _engine_step(run.optimizer, factor, loss, progress.step)
+    else:
+        before = partial(_after_backward, run, info, factor)
+        norm = apply_gradients(
+            run.optimizer, precision, factor, config.clip_norm, loss, before, run.parallel
+        )
     progress.count(sum(sizes.lengths), sizes.trained_tokens)
     if precision.scaler is not None:
         metrics["loss_scale"] = precision.scaler.scale
@@ -135,13 +141,13 @@ def accumulate(
     for number, batch in enumerate(batches):
         if parallel is not None:
             parallel.begin_micro_batch(last=number == len(batches) - 1)
-        with how.autocast(), objective.products():
-            output = objective.loss(
-                model, batch.padded_to_multiple(how.token_multiple).to(model.device)
-            )
-        whole = output.sum if output.auxiliary is None else output.sum + output.auxiliary
+        work = partial(_loss, model, objective, batch, how)
+        whole, output = work() if parallel is None else parallel.forward(work)
         weight = 0.0 if batch.is_filler else how.scale / mean.num_terms
-        (whole * weight).backward()
+        if parallel is None:
+            (whole * weight).backward()
+        else:
+            parallel.backward(whole * weight)
         if not batch.is_filler:
             mean.add(output)
         if parallel is not None:
@@ -153,6 +159,18 @@ def accumulate(
     return total.nats, total.metrics | found
 
 
+def _loss(
+    model: Decoder, objective: Objective, batch: Batch, how: PrecisionPolicy
+) -> tuple[Tensor, LossOutput]:
+    """Returns the term of a micro-batch that has a gradient, and its parts."""
+    with how.autocast(), objective.products():
+        output = objective.loss(
+            model, batch.padded_to_multiple(how.token_multiple).to(model.device)
+        )
+    whole = output.sum if output.auxiliary is None else output.sum + output.auxiliary
+    return whole, output
+
+
 def _backward_of_adapter(
     adapters: AdapterSet | None, scale: float, parallel: Parallel | None = None
 ) -> dict[str, float]:
@@ -162,8 +180,10 @@ def _backward_of_adapter(
         return {}
     if parallel is not None:
         parallel.begin_micro_batch(last=False)
-    (term * scale).backward()
-    if parallel is not None:
+    if parallel is None:
+        (term * scale).backward()
+    else:
+        parallel.backward(term * scale)
         parallel.end_micro_batch()
     return {"adapter_loss_nats": float(term.detach())}
 
@@ -227,6 +247,21 @@ def apply_gradients(
     optimizer.step(factor)
     if parallel is not None:
         parallel.refresh()
+    return norm
+
+
+def _engine_step(optimizer: EngineOptimizer, factor: float, loss: float, step: int) -> float | None:
+    """Lets DeepSpeed update the weights, and returns the gradient norm before clipping.
+
+    Raises:
+        Diverged: the loss or the norm is NaN or infinite.
+    """
+    norm = optimizer.take_step(factor) if math.isfinite(loss) else math.nan
+    if not math.isfinite(norm):
+        raise Diverged(
+            f"the loss ({loss}) or its gradient is NaN or infinite after step {step}; lower the "
+            "learning rate, or set backend=torch, which skips a few such steps"
+        )
     return norm
 
 

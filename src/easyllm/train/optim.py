@@ -94,7 +94,12 @@ class MasterOptimizer:
                 if master is not parameter:
                     self._copies[name] = parameter
                     parameter.register_post_accumulate_grad_hook(_taker(self, name))
-        self._rules = self._build_rules(folder or Path(tempfile.gettempdir()))
+        self._rules: dict[AdamWConfig | MuonConfig | SGDConfig, UpdateRule] = {}
+        self._build_states(folder or Path(tempfile.gettempdir()))
+
+    def _build_states(self, folder: Path) -> None:
+        """Builds the update rule of each group, and the state of each parameter."""
+        self._rules = self._build_rules(folder)
         for group in self._groups:
             new_state = self._rules[group.rule].new_state
             self._states |= {name: new_state(self.masters[name]) for name in group.names}

@@ -31,6 +31,7 @@ from easyllm.plan.parts import virtual_tokens
 from easyllm.train.callbacks import build_callbacks, check_samples, retention_samples
 from easyllm.train.config import TrainConfig
 from easyllm.train.deepspeed import with_deepspeed
+from easyllm.train.deepspeed_backend import check_backend
 from easyllm.train.division import join_ranks, naming_late_ranks, share_data
 from easyllm.train.factories import (
     BaseModelSource,
@@ -114,6 +115,7 @@ def train(
     """
     _check_implemented(config, callbacks)
     config = with_deepspeed(config, world_size())
+    check_backend(config, world_size())
     ignore = RELAUNCHED | (_resumable_changes(config) if allow_change else frozenset[str]())
     mesh = join_ranks(config)
     if mesh is None or mesh.is_first:
@@ -149,6 +151,7 @@ def dry_run(config: TrainConfig, output: Path | None, *, allow_change: bool = Fa
         EasyllmError: whatever `train` raises before its first step.
     """
     config = with_deepspeed(config, world_size())
+    check_backend(config, 0)
     if output is not None:
         ignore = RELAUNCHED | (_resumable_changes(config) if allow_change else frozenset[str]())
         check_output(output, config, ignore=ignore)
@@ -347,8 +350,11 @@ def _check_end(run: Run, stop: StopRequest) -> None:
     elif _is_signalled(run, stop) and step < run.total_steps:
         for callback in run.callbacks:
             callback.on_interrupt(run)
+        again = "run the same command to resume"
+        if run.config.backend == "deepspeed":
+            again = "the same command starts anew, because this backend writes no checkpoints"
         raise Interrupted(
-            f"interrupted after step {step} of {run.total_steps}; run the same command to resume",
+            f"interrupted after step {step} of {run.total_steps}; {again}",
             stop.signal or signal.SIGTERM,
         )
     if not run.is_finite():
@@ -390,11 +396,12 @@ def _results(run: Run, seconds: float) -> JsonObject:
         "skipped_steps": progress.skipped,
         "trained_parameters": run.plan.trained_parameters,
         **run.plan.predictions(),
-        "measured_bytes": measured_bytes(run.model, run.optimizer),
         "seconds": round(seconds, 2),
         "data": run.data.figures,
         "peak_rss_bytes": peak_rss_bytes(),
     }
+    if run.config.backend == "torch":  # DeepSpeed's tensors are its own
+        results["measured_bytes"] = measured_bytes(run.model, run.optimizer)
     if device.type != "cpu":
         results["peak_device_bytes"] = peak_memory_bytes(device)
     return results

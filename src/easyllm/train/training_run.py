@@ -16,7 +16,7 @@ Order of the hooks in a run:
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -191,7 +191,10 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Returns the metrics of the current weights; empty without evaluation data."""
-        return {} if self.data.evaluate is None else self.data.evaluate(self.model, self.objective)
+        if self.data.evaluate is None:
+            return {}
+        work = partial(self.data.evaluate, self.model, self.objective)
+        return work() if self.parallel is None else self.parallel.forward(work)
 
 
 class Callback:

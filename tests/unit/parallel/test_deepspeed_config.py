@@ -177,6 +177,16 @@ def test_a_recipe_takes_over_the_file(tmp_path):
     assert with_deepspeed(config, 2, quiet=True) == config
 
 
+def test_a_recipe_of_another_objective_takes_over_the_file(tmp_path):
+    changes = {
+        "objective": {"kind": "dpo"},
+        "data": {"kind": "preferences", "train": ["rows.jsonl"]},
+    }
+    values = {"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}}
+    config = with_deepspeed(recipe(tmp_path, values, **changes), 1, quiet=True)
+    assert (config.objective.kind, config.optimizer.learning_rate) == ("dpo", 0.5)
+
+
 def test_a_contradiction_with_the_recipe_names_both_values(tmp_path):
     config = recipe(tmp_path, {"train_batch_size": 16, "gradient_clipping": 0.3}, clip_norm=2.0)
     with pytest.raises(ConfigError, match=r"clip_norm is 2.0 in the recipe and 0.3 in the file"):
@@ -194,7 +204,7 @@ def test_the_number_of_processes_of_a_file(tmp_path):
 
 def test_the_table_has_a_line_for_each_key():
     settings = read_deepspeed(PUBLISHED["factory-2"], RECIPE)
-    lines = table(settings)
+    lines = table(settings.keys)
     assert len(lines) == len(settings.keys)
     assert any("overlap_comm" in line and "ignored" in line for line in lines)
 

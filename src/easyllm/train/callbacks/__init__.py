@@ -43,7 +43,8 @@ def build_callbacks(
         callbacks.append(Retention())
     if config.early_stopping is not None:
         callbacks.append(EarlyStopping(config.early_stopping))
-    callbacks.append(Checkpoints())
+    if config.backend == "torch":
+        callbacks.append(Checkpoints())
     return tuple(callbacks)
 
 
