@@ -172,15 +172,7 @@ def build_model(
             model = model.to(compute)
         model = model.requires_grad_(True)
         trained = dict(model.named_parameters())
-    for layer in model.layers:
-        layer.dropout.p = config.dropout  # type: ignore[union-attr]
-    model.embedding_gradient.factor = config.embedding_gradient
-    if config.shifted_attention is not None:
-        shift_attention(model, config.shifted_attention)
-    recompute_activations(model, config.checkpoint_activations)
-    if config.compile:
-        for layer in model.layers:
-            layer.feed_forward.compile(dynamic=True)  # type: ignore[union-attr]
+    _set_options(model, config)
     factors = {} if adapters is None else adapters.rate_factors(model)
     parallel: Parallel | None = None
     if config.backend == "deepspeed":
@@ -206,6 +198,19 @@ def build_model(
         local=None if parallel is None else parallel.local,
     )
     return Trained(model, optimizer, adapters, parallel)
+
+
+def _set_options(model: Decoder, config: TrainConfig) -> None:
+    """Sets what a recipe says of how the model is computed in training."""
+    for layer in model.layers:
+        layer.dropout.p = config.dropout  # type: ignore[union-attr]
+    model.embedding_gradient.factor = config.embedding_gradient
+    if config.shifted_attention is not None:
+        shift_attention(model, config.shifted_attention)
+    recompute_activations(model, config.checkpoint_activations)
+    if config.compile:
+        for layer in model.layers:
+            layer.feed_forward.compile(dynamic=True)  # type: ignore[union-attr]
 
 
 def cannot_train_all(config: TrainConfig, formats: Sequence[str]) -> ConfigError:
