@@ -11,7 +11,7 @@ from easyllm.core.json_types import JsonObject
 from easyllm.examples.blank_infilling import poisson_spans
 from easyllm.examples.sample import Sample
 from easyllm.examples.span_corruption import SpanTokens, corrupted
-from easyllm.lab.lab import Bars, Lab, LabConfig, Lines, Number, Result, Text, claim, number
+from easyllm.lab.lab import Bars, Claim, Lab, LabConfig, Lines, Number, Result, Text, claim, number
 from easyllm.lab.small_models import (
     mean_loss,
     new_model,
@@ -88,31 +88,7 @@ def run(parameters: Parameters) -> Result:
                 lines=curves,
             ),
         ],
-        claims=[
-            claim(
-                (
-                    "The article (spaces.ac.cn 9529): at equal parameters, a decoder with a causal "
-                    "mask is not worse than one whose input is seen in both directions, and the "
-                    "second stack of T5 doubles the parameters.",
-                    "文章（spaces.ac.cn 9529）：参数量相同时，因果掩码的解码器不比输入双向可见的"
-                    "解码器差；T5 的第二个栈使参数翻倍。",
-                ),
-                (
-                    f"GPT's loss minus UniLM's is {mean(gap):+.3f} ± {error:.3f} nats over "
-                    f"{len(gap)} seeds; T5 has {mean(ends[T5]):.3f} at the size of GPT "
-                    f"({mean(ends[GPT]):.3f}), and {mean(ends[TWICE]):.3f} at twice the size.",
-                    f"GPT 与 UniLM 的损失之差为 {mean(gap):+.3f} ± {error:.3f} nats（{len(gap)} 个"
-                    f"种子）；T5 与 GPT（{mean(ends[GPT]):.3f}）同等大小时为 "
-                    f"{mean(ends[T5]):.3f}，两倍大小时为 {mean(ends[TWICE]):.3f}。",
-                ),
-                "reproduced" if mean(gap) <= 2 * error else "not",
-                (
-                    "The task is small and its input short: what is missing depends on both "
-                    "sides, which favours a mask in both directions.",
-                    "任务很小，输入很短：缺失的内容取决于两侧，这有利于双向的掩码。",
-                ),
-            )
-        ],
+        claims=[_claim(ends, mean(gap), error)],
     )
 
 
@@ -132,6 +108,32 @@ def _numbers(
         number("gap", gap, "GPT minus UniLM, nats", "GPT 减 UniLM，nats"),
         number("gap_error", error, "standard error of that, nats", "其标准误，nats"),
     ]
+
+
+def _claim(ends: dict[str, list[float]], gap: float, error: float) -> Claim:
+    return claim(
+        (
+            "The article (spaces.ac.cn 9529): at equal parameters, a decoder with a causal "
+            "mask is not worse than one whose input is seen in both directions, and the "
+            "second stack of T5 doubles the parameters.",
+            "文章（spaces.ac.cn 9529）：参数量相同时，因果掩码的解码器不比输入双向可见的"
+            "解码器差；T5 的第二个栈使参数翻倍。",
+        ),
+        (
+            f"GPT's loss minus UniLM's is {gap:+.3f} ± {error:.3f} nats over "
+            f"{len(ends[GPT])} seeds; T5 has {mean(ends[T5]):.3f} at the size of GPT "
+            f"({mean(ends[GPT]):.3f}), and {mean(ends[TWICE]):.3f} at twice the size.",
+            f"GPT 与 UniLM 的损失之差为 {gap:+.3f} ± {error:.3f} nats（{len(ends[GPT])} 个"
+            f"种子）；T5 与 GPT（{mean(ends[GPT]):.3f}）同等大小时为 "
+            f"{mean(ends[T5]):.3f}，两倍大小时为 {mean(ends[TWICE]):.3f}。",
+        ),
+        "reproduced" if gap <= 2 * error else "not",
+        (
+            "The task is small and its input short: what is missing depends on both "
+            "sides, which favours a mask in both directions.",
+            "任务很小，输入很短：缺失的内容取决于两侧，这有利于双向的掩码。",
+        ),
+    )
 
 
 def _configs() -> tuple[ModelConfig, ...]:
