@@ -23,7 +23,7 @@ HALF_STEP = 2.0**-8
 @pytest.fixture(params=["kernel", "pytorch"])
 def path(request, monkeypatch):
     if request.param == "pytorch":
-        monkeypatch.setattr(matmul_module, "_kernels", lambda *args: None)
+        monkeypatch.setattr(matmul_module, "_kernels", lambda *args, **options: None)
     else:
         need_unit()
         monkeypatch.setattr(matmul_module, "SMALL", 1)
@@ -143,6 +143,27 @@ WIDTHS = [
     (1120, 992),  # more inputs, and rows, than are packed at a time
     (40, 64),  # these cannot be fused
 ]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 32, 33, 128, 129])
+@pytest.mark.parametrize("inputs", [1024, 1056], ids=["rows map to one set", "rows do not"])
+def test_few_rows_of_large_weights_match_fp64(path, rows, inputs):
+    """As in an expert: weights are read in place, and the parts of ∂X are rounded, too."""
+    x = bf16(rows, inputs).requires_grad_()
+    weights = [bf16(n, inputs, seed=n).requires_grad_() for n in (512, 640)]
+    assert sum(w.numel() for w in weights) >= matmul_module.LARGE
+    outs = linears(x, weights, [None, None])
+    errors = [bf16(rows, len(w), seed=3) for w in weights]
+    torch.autograd.backward(outs, errors)
+    wide_x, wide = x.detach().double(), [w.detach().double() for w in weights]
+    for out, weight, error, of in zip(outs, wide, errors, weights, strict=True):
+        assert out.is_contiguous()
+        close(out.detach(), wide_x @ weight.T)
+        close(of.grad, error.double().T @ wide_x)
+    parts = [error.double() @ weight for error, weight in zip(errors, wide, strict=True)]
+    sizes = sum(part.abs() for part in (*parts, sum(parts)))
+    bound = HALF_STEP * sizes + 1e-4 * parts[0].abs().mean()
+    assert ((x.grad.double() - sum(parts)).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("rows", [2080, 50, 64])

@@ -27,6 +27,11 @@ MIN_DIM = 32
 """Minimum number of rows, columns and inputs; below it, AMX tiles would be mostly empty."""
 SMALL = 1 << 20
 """Minimum of rows x columns x inputs; below it, packing costs more than AMX saves."""
+FEW_ROWS = 128
+"""Maximum rows for which a weight beyond `LARGE` is not packed: it is read once, which takes longer
+than the multiplications. An expert of a mixture gets as few."""
+LARGE = 1 << 20
+"""Minimum elements of such a weight, which then does not stay in the L2 cache."""
 JOINED = 32
 """Rows, columns and inputs of matrices joined into one GEMM must be multiples of this."""
 PLAIN = (Tensor, nn.Parameter)
@@ -65,7 +70,8 @@ def linears(
         x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
         for weight, bias in zip(weights, biases, strict=True)
     )
-    if not fits or _kernels((x, *weights), num_rows, columns, x.shape[-1]) is None:
+    few = _has_few_rows(num_rows, weights)
+    if not fits or _kernels((x, *weights), num_rows, columns, x.shape[-1], few=few) is None:
         return tuple(F.linear(x, *each) for each in zip(weights, biases, strict=True))
     trained = any(t is not None and t.requires_grad for t in (x, *weights, *biases))
     if torch.is_grad_enabled() and trained:
@@ -130,8 +136,9 @@ def grouped_matmul(a: Sequence[Tensor], b: Tensor) -> list[Tensor]:
         [M_i, N] for each of `a`.
     """
     rows, (depth, columns) = sum(len(each) for each in a), b.shape
-    joined = len(a) > 1 and all(len(each) % JOINED == 0 for each in a)
-    kernels = _kernels((*a, b), rows, columns, depth) if joined else None
+    joined = len(a) == 1 or all(len(each) % JOINED == 0 for each in a)
+    few = depth <= FEW_ROWS and rows * columns >= LARGE
+    kernels = _kernels((*a, b), rows, columns, depth, few=few) if joined else None
     if kernels is None:
         return [matmul(each, b) for each in a]
     out = [b.new_empty(len(each), columns) for each in a]
@@ -142,7 +149,8 @@ def grouped_matmul(a: Sequence[Tensor], b: Tensor) -> list[Tensor]:
 def sum_of_matmuls(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Returns Σ aᵢ bᵢ.
 
-    The kernel accumulates the complete sum in fp32 and rounds it once.
+    The kernel accumulates the complete sum in fp32 and rounds it once. With few rows and large
+    matrices PyTorch computes each product, and rounds each sum.
 
     Args:
         a: [M, K_i] each; b: [K_i, N] each.
@@ -150,6 +158,11 @@ def sum_of_matmuls(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     Returns:
         [M, N], dtype of `a`.
     """
+    if _has_few_rows(len(a[0]), b):  # PyTorch packs less
+        out = a[0] @ b[0]
+        for x, y in zip(a[1:], b[1:], strict=True):
+            out.addmm_(x, y)
+        return out
     rows, columns, depth = len(a[0]), b[0].shape[1], sum(len(each) for each in b)
     joined = len(a) > 1 and all(len(each) % JOINED == 0 for each in b)
     kernels = _kernels((*a, *b), rows, columns, depth) if joined else None
@@ -214,6 +227,15 @@ def _linears(
     out = [rows.new_empty(len(rows), len(weight)) for weight in weights]
     kernels = kernels_for(*weights)
     assert kernels is not None, "checked by linears()"
+    if _has_few_rows(len(rows), weights) and all(bias is None for bias in biases):
+        # (W Xᵀ)ᵀ: tiles of the first operand are loaded in place
+        turned = [
+            y.new_empty(len(weight), len(rows)) for y, weight in zip(out, weights, strict=True)
+        ]
+        _call(kernels, weights, [rows.T], turned)
+        for y, product in zip(out, turned, strict=True):
+            y.copy_(product.T)
+        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in out)
     bias = None
     if any(each is not None for each in biases):
         pairs = zip(weights, biases, strict=True)
@@ -222,11 +244,21 @@ def _linears(
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in out)
 
 
-def _kernels(operands: Sequence[Tensor], rows: int, columns: int, depth: int) -> ctypes.CDLL | None:
-    """Returns the kernels if they support a GEMM of these operands and are faster, else None."""
+def _has_few_rows(rows: int, weights: Sequence[Tensor]) -> bool:
+    """Whether reading the weights takes longer than multiplying them by so few rows."""
+    return rows <= FEW_ROWS and sum(weight.numel() for weight in weights) >= LARGE
+
+
+def _kernels(
+    operands: Sequence[Tensor], rows: int, columns: int, depth: int, *, few: bool = False
+) -> ctypes.CDLL | None:
+    """Returns the kernels if they support a GEMM of these operands and are faster, else None.
+
+    With `few`, one of the dimensions may be below `MIN_DIM`.
+    """
     if torch.compiler.is_compiling() or any(x.dtype != torch.bfloat16 for x in operands):
         return None
-    if min(rows, columns, depth) < MIN_DIM or rows * columns * depth < SMALL:
+    if (min(rows, columns, depth) < MIN_DIM and not few) or rows * columns * depth < SMALL:
         return None
     if any(type(x) not in PLAIN for x in operands) or torch.is_autocast_enabled("cpu"):
         return None

@@ -60,6 +60,7 @@ typedef struct {
 #define PACKED_TOGETHER 16         // panels packed by one task, for contiguous reads
 #define BLOCK_BYTES (3 << 19)      // both operands of a block of C, which must stay in L2
 #define BLOCKS_A_THREAD 4          // minimum, because threads are not equally fast
+#define FEW_COLUMNS 128            // maximum columns for which A is never packed if tiles fit in it
 #define TILES_AHEAD 2              // prefetch distance within a panel
 #define STREAMED_BYTES (16 << 20)  // minimum size of C for streaming, beyond all caches
 #define THROTTLED_CYCLES 200       // time stamp counts for four tile products that mean throttling
@@ -339,12 +340,13 @@ static void multiply_block(const GemmPlan *p, const PackedBlock *packed, i64 m1,
         (i64)__rdtsc() - start > (m_end - m1) * (n_end - n1) / 4 * tiles * THROTTLED_CYCLES;
 }
 
-// Whether complete tiles of A can be loaded in place.
-static int is_direct(const Concatenated *a, i64 rows, i64 depth) {
+// Whether complete tiles of A can be loaded in place. With few columns, packing a large A costs more
+// than rows that map to the same cache sets.
+static int is_direct(const Concatenated *a, i64 rows, i64 columns, i64 depth) {
     int direct = !a->transposed && rows % (2 * SIDE) == 0 && depth % DEPTH == 0;
     for (i64 i = 0; i < a->count; i++)
         direct &= (uintptr_t)a->parts[i].data % 64 == 0 && a->parts[i].stride % LINE == 0 &&
-                  a->parts[i].stride % (32 * LINE) != 0;  // else rows map to the same cache sets
+                  (columns <= FEW_COLUMNS || a->parts[i].stride % (32 * LINE) != 0);
     return direct;
 }
 
@@ -370,7 +372,7 @@ static GemmPlan plan_of(const Gemm *args) {
                       args->workspace,
                       packed_b,
                       (float *)sums,
-                      is_direct(&a, s.rows, s.depth),
+                      is_direct(&a, s.rows, s.columns, s.depth),
                       s.depth > s.tiles * DEPTH};
 }
 
