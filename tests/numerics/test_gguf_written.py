@@ -7,7 +7,9 @@ import torch
 
 from easyllm.core.errors import CheckpointError
 from easyllm.models import load_model
+from easyllm.models.families import family_of
 from easyllm.models.gguf_export import save_gguf
+from easyllm.models.scratch import build_scratch
 from gguf_writing import tensors_of
 from tiny_hf import DEEPSEEK, YARN, tiny_hf
 
@@ -128,3 +130,26 @@ def test_what_llama_cpp_computes_otherwise_is_not_written(
 ):
     with pytest.raises(CheckpointError, match=words):
         written(kind, changes, tmp_path, tiny_tokenizer)
+
+
+def test_longrope_is_refused(tmp_path, tiny_tokenizer):
+    """llama.cpp selects its factors by the context that it reserves, not by the text's length."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_type": "longrope"}
+    config = family_of("phi3").read_config(
+        {
+            "model_type": "phi3",
+            "vocab_size": 320,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 64,
+            "rope_scaling": factors,
+        }
+    )
+    model = build_scratch(config, seed=0)
+    with pytest.raises(CheckpointError, match="cannot represent the RoPE scaling 'longrope'"):
+        save_gguf(model, tmp_path / "m.gguf", type="f32", tokenizer=tiny_tokenizer)
+    assert not list(tmp_path.iterdir())
