@@ -335,6 +335,9 @@ class _Reader:
         found: dict[str, Any] = {}
         for name, value in params.items():
             key = f"{section}.params.{name}"
+            if key in IGNORED:
+                self.note(key, value, "ignored", IGNORED[key])
+                continue
             if name not in defaults:
                 self.problems.append(f"has an unknown key {key}{suggest(name, defaults)}")
                 continue
@@ -377,12 +380,19 @@ class _Reader:
             if value == AUTO and self.recipe.hidden_size is not None:
                 value = _auto_size(key, self.recipe.hidden_size, value)
             self.note(written, value, "ignored", IGNORED[key])
+        elif key in REJECTED and _is_off(value):
+            self.note(written, "off", "ignored", "not enabled")
         elif key in REJECTED:
             self.problems.append(f"has {written}, which is not supported: {REJECTED[key]}")
         else:
             known = [*IGNORED, *REJECTED, *NESTED, *(f"zero_optimization.{k}" for k in ZERO_KEYS)]
             known += ["gradient_clipping", "train_batch_size", "gradient_accumulation_steps"]
             self.problems.append(f"has an unknown key {written}{suggest(written, known)}")
+
+
+def _is_off(section: object) -> bool:
+    """Whether a section says that it is not in use; `auto` leaves that to the recipe."""
+    return isinstance(section, Mapping) and section.get("enabled") in (False, "false", AUTO)
 
 
 def _auto_size(key: str, hidden: int, value: object) -> object:

@@ -1,7 +1,10 @@
 """The keys of a DeepSpeed configuration that change no result here, or are not supported."""
 
 PERFORMANCE = "changes speed and memory only; FSDP2 and our buckets have their own schedule"
+NO_SCALING = "bf16 has the range of fp32, so that losses are not scaled"
 IGNORED: dict[str, str] = {
+    "_comment": "a comment",
+    "compile": "the recipe's compile decides",
     "steps_per_print": "metrics.jsonl has every step (log_every)",
     "wall_clock_breakdown": "metrics.jsonl has the time of every step",
     "dump_state": "prints only",
@@ -32,12 +35,23 @@ IGNORED: dict[str, str] = {
     "fp16.auto_cast": "inputs are token ids",
     "fp16.fp16_master_weights_and_grads": "master weights are always fp32",
     "fp16.consecutive_hysteresis": "the loss scaler resets its hysteresis after a good window",
+    "bf16.auto_cast": "inputs are token ids",
+    **{
+        f"bf16.{name}": NO_SCALING
+        for name in (
+            *("loss_scale", "initial_scale_power", "loss_scale_window"),
+            *("hysteresis", "min_loss_scale"),
+        )
+    },
     "bf16.immediate_grad_update": "gradients are accumulated in fp32",
     "flops_profiler": "metrics.jsonl has the share of peak FLOP/s (speed/mfu)",
     "tensorboard": "set tensorboard=true in the recipe",
     "wandb": "metrics are in metrics.jsonl",
     "csv_monitor": "metrics are in metrics.jsonl",
+    "monitor_config": "metrics are in metrics.jsonl",
     "comms_logger": "prints only",
+    "comms_config": "prints only",
+    "scheduler.params.last_batch_iteration": "a run resumes where its checkpoint stopped",
     "activation_checkpointing": "the recipe's checkpoint_activations decides",
     "aio": "nothing is offloaded to NVMe",
     "torch_autocast": "the recipe's precision decides",
@@ -45,6 +59,9 @@ IGNORED: dict[str, str] = {
 """Keys without an effect on what is learned; a key stands for everything below it."""
 REJECTED: dict[str, str] = {
     "amp": "use bf16 or fp16",
+    "fp8": "use bf16",
+    "sequence_parallel": "use tensor_parallel, and parallel.sequence in the recipe",
+    "sequence_parallel_size": "use tensor_parallel, and parallel.sequence in the recipe",
     "sparse_attention": "attention is exact",
     "compression_training": "use easyllm quantize",
     "data_efficiency": "order and mixture of the data are the recipe's",

@@ -12,6 +12,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import Json, JsonObject
 from easyllm.core.progress import console
 from easyllm.parallel.deepspeed_config import DeepSpeedSettings, RecipeValues, read_deepspeed
+from easyllm.parallel.deepspeed_keys import IGNORED
 from easyllm.parallel.deepspeed_values import Fate, ResolvedKey
 from easyllm.train.config import TrainConfig
 from easyllm.train.optim_config import AdamWConfig, MuonConfig, SGDConfig
@@ -26,7 +27,10 @@ SCALE_KEYS = {
 LAYOUTS = ("ddp", "zero1", "zero2", "zero3")
 OURS: dict[str, tuple[Fate, str]] = {
     "scheduler": ("mapped", "the run sets the learning rate of every step; warm-ups are linear"),
-    "activation_checkpointing": ("ignored", "the recipe's checkpoint_activations decides"),
+    **{
+        name: ("ignored", IGNORED[name])
+        for name in ("activation_checkpointing", "compile", "_comment")
+    },
 }
 """Keys, and sections, that are not simply left to DeepSpeed's engine if it runs the file."""
 

@@ -135,12 +135,12 @@ def engine_values(
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": settings.accumulation,
         "gradient_clipping": config.clip_norm or 0.0,
-        "bf16": {**values.get("bf16", {}), "enabled": settings.precision == "bf16"},
+        "bf16": {"enabled": settings.precision == "bf16"},
         "fp16": {"enabled": False},
         "optimizer": _optimizer(values.get("optimizer", {}), config, device),
     }
     values.setdefault("zero_allow_untested_optimizer", True)
-    for ours in ("scheduler", "activation_checkpointing", "bfloat16"):
+    for ours in ("scheduler", "activation_checkpointing", "bfloat16", "compile"):
         values.pop(ours, None)
     return values
 

@@ -61,7 +61,26 @@ PUBLISHED = {
         "bf16": {"enabled": "auto"},
         "zero_optimization": STAGE3 | {"offload_optimizer": OFFLOAD, "offload_param": OFFLOAD},
     },
+    "factory-2-offload": {
+        **AUTO_SIZES, "zero_allow_untested_optimizer": True, "fp16": FP16,
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": STAGE2 | {"offload_optimizer": OFFLOAD},
+    },
+    "factory-2-tensor": {
+        "_comment": "models", **AUTO_SIZES, "zero_allow_untested_optimizer": True, "fp16": FP16,
+        "bf16": {"enabled": "auto"}, "zero_optimization": STAGE2,
+        "tensor_parallel": {"autotp_size": 2},
+    },
     # of Hugging Face's documentation
+    "hugging-face-2": {
+        **AUTO_SIZES, "fp16": FP16, "bf16": {"enabled": "auto"}, "optimizer": OPTIMIZER,
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": SCHEDULER["params"] | {"last_batch_iteration": -1, "total_num_steps": "auto"},
+        },
+        "zero_optimization": STAGE2 | {"offload_optimizer": OFFLOAD},
+        "amp": {"enabled": False, "opt_level": "O1"},
+    },
     "hugging-face": {
         **AUTO_SIZES, "fp16": FP16, "optimizer": OPTIMIZER, "scheduler": SCHEDULER,
         "zero_optimization": STAGE3 | {"offload_optimizer": OFFLOAD}, "steps_per_print": 2000,
@@ -73,6 +92,23 @@ PUBLISHED = {
         "fp16": FP16 | {"auto_cast": False}, "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto", "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False,
+    },
+    "axolotl-2-compile": {
+        "compile": {"disable": False, "backend": "inductor"}, **AUTO_SIZES,
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"},
+                              "contiguous_gradients": True, "overlap_comm": True},
+        "bf16": {"enabled": "auto"}, "fp16": FP16 | {"auto_cast": False, "initial_scale_power": 32},
+        "wall_clock_breakdown": False,
+    },
+    "axolotl-3-offload": {
+        "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
+        "zero_optimization": STAGE3 | {
+            "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD, "sub_group_size": 0,
+            "max_live_parameters": 0, "max_reuse_distance": 0,
+            "gather_16bit_weights_on_model_save": True,
+        },
+        "bf16": {"enabled": True, "loss_scale": 0, "auto_cast": False}, **AUTO_SIZES,
+        "wall_clock_breakdown": False,
     },
     "axolotl-3": {
         "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
@@ -98,6 +134,25 @@ def test_the_keys_of_published_examples_are_all_accounted_for(name):
     assert settings.precision == "bf16"
     assert settings.clip_norm == 0.7
     assert all("auto" not in str(each.value) for each in settings.keys)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_table_of_published_examples_says_why(name):
+    settings = read_deepspeed(PUBLISHED[name], RECIPE)
+    for key, line in zip(settings.keys, table(settings.keys), strict=True):
+        assert line.startswith(key.key)
+        assert key.fate in line
+        assert key.note in line
+
+
+def test_a_section_that_is_not_supported_is_refused_only_if_it_is_in_use():
+    for section in ({"enabled": False}, {"enabled": "auto", "opt_level": "auto"}):
+        settings = read_deepspeed({"amp": section, "fp8": section}, RECIPE)
+        fates = {each.key: each.fate for each in settings.keys}
+        assert (fates["amp"], fates["fp8"]) == ("ignored", "ignored")
+    values = {"fp8": {"enabled": True}, "sequence_parallel": {"enabled": True, "size": 4}}
+    with pytest.raises(ConfigError, match=r"has fp8, .*use bf16; has sequence_parallel, "):
+        read_deepspeed(values, RECIPE)
 
 
 def test_auto_takes_the_recipe_s_values():
