@@ -244,6 +244,12 @@ class TrainConfig(Config):
     save_every: NonNegativeInt = Field(
         default=50, description="Optimizer steps between checkpoints; 0 writes none before the end."
     )
+    save_async: bool = Field(
+        default=False,
+        description="Whether a checkpoint is copied to host memory and written by a thread while "
+        "training continues; needs memory for the copy (the best checkpoint of keep_best is written "
+        "at once).",
+    )
     keep_last: PositiveInt = Field(default=1, description="Number of newest checkpoints to retain.")
     keep_best: bool = Field(
         default=False,
@@ -327,6 +333,11 @@ class TrainConfig(Config):
             )
         if not kind.generates and self.samples is not None:
             raise ValueError(f"a {self.objective.kind} generates no samples; remove samples")
+        if self.save_async and getattr(self.optimizer, "paged", False):
+            raise ValueError(
+                "save_async=true copies the state to memory, which optimizer.paged=true keeps out "
+                "of it; remove one of the two"
+            )
         if self.keep_best and not self.eval_every:
             raise ValueError("keep_best needs evaluations during training; set eval_every")
         if self.early_stopping is not None and not self.eval_every:

@@ -204,6 +204,7 @@ __all__ = [
     "StoredParts",
     "open_tensors",
     "own_parts",
+    "part_file",
     "shared_directory",
     "write_parts",
 ]

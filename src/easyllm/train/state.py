@@ -70,21 +70,21 @@ class RunState:
 
 def save_state(folder: Path, state: RunState) -> None:
     """Writes a checkpoint atomically; in a divided run, all ranks must call it."""
-    values = _values(state)
+    values = state_values(state)
     if state.parallel is not None:
         with shared_directory(folder, state.parallel) as work:
             tensors, layout = own_parts(state.optimizer.tensors(), state.parallel)
-            tensors |= _other_tensors(state, shared=state.parallel.is_first)
+            tensors |= other_tensors(state, shared=state.parallel.is_first)
             write_parts(work, tensors, layout, values, state.parallel, state.optimizer.release)
         return
     tensors = {f"optimizer.{name}": t for name, t in state.optimizer.tensors().items()}
-    tensors |= _other_tensors(state)
+    tensors |= other_tensors(state)
     with atomic_directory(folder, replace=True) as work:
         stream_tensors(work / TENSORS, tensors, state.optimizer.release)
         write_json(work / STATE, values)
 
 
-def _other_tensors(state: RunState, *, shared: bool = True) -> dict[str, Tensor]:
+def other_tensors(state: RunState, *, shared: bool = True) -> dict[str, Tensor]:
     """Returns the random state of this process and, if `shared`, what all ranks have alike."""
     tensors: dict[str, Tensor] = {}
     if state.adapters is not None and shared:
@@ -97,7 +97,8 @@ def _other_tensors(state: RunState, *, shared: bool = True) -> dict[str, Tensor]
     return tensors
 
 
-def _values(state: RunState) -> "JsonObject":
+def state_values(state: RunState) -> "JsonObject":
+    """Returns what `state.json` holds: counters, the loader's position and hashes of the inputs."""
     totals, extra = state.progress.to_json()
     if state.scaler is not None:
         extra[SCALER] = state.scaler.state()
@@ -115,10 +116,19 @@ def save_step(run: Path, state: RunState, *, keep_last: int) -> None:
     Removes all but the newest `keep_last` checkpoints. Also removes those of later steps, which
     were damaged and skipped when the run resumed.
     """
-    here = run / FOLDER / f"step-{state.progress.step:06d}"
+    here = step_folder(run, state.progress.step)
     save_state(here, state)
-    if state.parallel is not None and not state.parallel.is_first:
-        return
+    if state.parallel is None or state.parallel.is_first:
+        prune(run, here, keep_last=keep_last)
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Returns the folder of a step's checkpoint."""
+    return run / FOLDER / f"step-{step:06d}"
+
+
+def prune(run: Path, here: Path, *, keep_last: int) -> None:
+    """Removes all checkpoints of steps but `here` and the `keep_last - 1` before it."""
     found = checkpoints(run)
     place = found.index(here) + 1
     for old in [*found[: max(0, place - keep_last)], *found[place:]]:
