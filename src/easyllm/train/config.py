@@ -247,8 +247,8 @@ class TrainConfig(Config):
     save_async: bool = Field(
         default=False,
         description="Whether a checkpoint is copied to host memory and written by a thread while "
-        "training continues; needs memory for the copy (the best checkpoint of keep_best is written "
-        "at once).",
+        "training continues; needs memory for the copy (the best checkpoint of keep_best is "
+        "written at once).",
     )
     keep_last: PositiveInt = Field(default=1, description="Number of newest checkpoints to retain.")
     keep_best: bool = Field(
