@@ -1,11 +1,12 @@
 """Full fine-tuning steps of SmolLM2 in fp32: one process, two processes, and a peer in two.
 
-    python bench/parallel.py [--tokens 512] [--steps 3] [--peer] [--record]
+    python bench/parallel.py [--tokens 512] [--steps 3] [--peer accelerate deepspeed] [--record]
 
 Every process has one thread. The steps of one and of two processes take the same batch; `--peer`
-also times Accelerate's FSDP2 around `transformers` with the same model, batch, optimizer and
-ZeRO stage (2 or 3; needs both packages). Printed as one JSON row: seconds per step (median after
-one warm-up step), the speed-up of two processes, and our time relative to the peer's.
+also times Accelerate's FSDP2 and DeepSpeed's engine around `transformers` with the same model,
+batch, optimizer and ZeRO stage (2 or 3; needs these packages). Printed as one JSON row: seconds
+per step (median after one warm-up step), the speed-up of two processes, and our time relative to
+the peer's. DeepSpeed compiles a helper when it is first used: start it once before a timing.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch
 from easyllm.parallel.launch import launch
 
 LAYOUTS = ("ddp", "zero2", "fsdp")
+STAGES = {"zero2": 2, "fsdp": 3}
 SEQUENCE = 64
 
 
@@ -32,16 +34,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
-    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--peer", nargs="*", default=[], choices=list(PEERS))
     parser.add_argument("--record", action="store_true")
-    parser.add_argument("--rank-of", choices=["ours", "accelerate"], help=argparse.SUPPRESS)
+    parser.add_argument("--rank-of", choices=["ours", *PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--layout", default="ddp", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of is not None:
-        run = ours if options.rank_of == "ours" else accelerate
-        seconds, loss = run(options)
+        seconds, loss = ({"ours": ours} | PEERS)[options.rank_of](options)
         if os.environ["RANK"] == "0":
             figures = {"seconds": statistics.median(seconds[1:]), "loss": loss}
             options.out.write_text(json.dumps(figures))
@@ -54,10 +55,12 @@ def main() -> None:
     if options.peer:
         with tempfile.TemporaryDirectory() as folder:
             options.model = hugging_face_folder(Path(folder) / "model")
-            for layout in (each for each in options.layouts if each != "ddp"):
-                peer = row[f"accelerate_{layout}"] = measure(options, "accelerate", layout, 2)
-                ratio = row[layout]["seconds"] / peer["seconds"]
-                row[f"{layout}_to_accelerate"] = round(ratio, 3)
+            for peer in options.peer:
+                for layout in (each for each in options.layouts if each != "ddp"):
+                    found = row[f"{peer}_{layout}"] = measure(options, peer, layout, 2)
+                    ratio = row[layout]["seconds"] / found["seconds"]
+                    row[f"{layout}_to_{peer}"] = round(ratio, 3)
+                    row[f"{layout}_loss_difference_{peer}"] = row[layout]["loss"] - found["loss"]
     machine.finish(row, "parallel", record=options.record)
 
 
@@ -66,7 +69,7 @@ def measure(options: argparse.Namespace, who: str, layout: str, ranks: int) -> d
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"
         command = [sys.executable, __file__, "--rank-of", who, "--layout", layout]
-        if who == "accelerate":
+        if who in PEERS:
             command += ["--model", str(options.model)]
         command += ["--tokens", str(options.tokens), "--steps", str(options.steps)]
         code, failures = launch([*command, "--out", str(out)], ranks, {"OMP_NUM_THREADS": "1"})
@@ -164,6 +167,41 @@ def accelerate(options: argparse.Namespace) -> tuple[list[float], float]:
         losses.append(float(accelerator.reduce(loss.detach(), "mean")))
     return seconds, losses[0]
 
+
+def deepspeed(options: argparse.Namespace) -> tuple[list[float], float]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed as peer
+    import torch.distributed as dist
+    from transformers import LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    peer.init_distributed(dist_backend="gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = sequences(options)
+    values = {
+        "train_micro_batch_size_per_gpu": len(rows) // size,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": STAGES[options.layout]},
+    }
+    model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    engine, *_ = peer.initialize(model=model, optimizer=optimizer, config=values)
+    ids = torch.tensor(rows[rank::size])
+    seconds, losses = [], []
+    engine.train()
+    for _ in range(options.steps + 1):
+        start = time.perf_counter()
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        seconds.append(time.perf_counter() - start)
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(float(total) / size)
+    return seconds, losses[0]
+
+
+PEERS = {"accelerate": accelerate, "deepspeed": deepspeed}
 
 if __name__ == "__main__":
     main()
