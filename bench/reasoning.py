@@ -3,13 +3,14 @@
     python bench/reasoning.py [--steps 900] [--seeds 2] [--record]
 
 Sums of six digits modulo 10, one token per character. The first model learns the answer
-(4+7+2+9+1+5=8), the second the sum so far and the next number as well
-(4+7+2+9+1+5=1+2=3+9=2+1=3+5=8). Both see the same number of tokens, so the first sees more sums. On
-sums that neither has seen: accuracy of greedy answers; and of the second model, one sample against
-the vote of eight at the same temperature, item by item.
+(4+7+2+9+1+5=8), the second the sum up to each number as well (4+7+2+9+1+5=4=1=3=2=3=8). Both see
+the same number of tokens, so the first sees more sums. On sums that neither has seen: accuracy of
+greedy answers; and of the second model, one sample against the vote of eight at the same
+temperature, item by item.
 """
 
 import argparse
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -32,7 +33,7 @@ from easyllm.train.optim import MasterOptimizer
 from easyllm.train.optim_config import AdamWConfig
 
 TOKENIZER = machine.HERE.parent / "recipes" / "data" / "arithmetic"
-BATCH, RATE, SAMPLES, TEMPERATURE = 64, 2e-3, 8, 0.8
+BATCH, RATE, SAMPLES, TEMPERATURE = 64, 2e-3, 8, 2.0
 CORRECT = mean_metric("accuracy", "tests", lambda outcome: float(outcome.passed))
 NUMBERS = 6
 Sum = tuple[int, ...]
@@ -83,12 +84,8 @@ def measure(tokenizer: Tokenizer, seed: int, options: argparse.Namespace) -> dic
 
 def text_of(numbers: Sum, *, trace: bool) -> tuple[str, str]:
     """Returns the question and the answer, with its steps or without."""
-    question, (found, *rest) = f"{'+'.join(map(str, numbers))}=", numbers
-    steps = []
-    for each in rest:
-        steps.append(f"{found}+{each}")
-        found = (found + each) % 10
-    return question, "=".join([*steps[1:], str(found)]) if trace else str(found)
+    sums = list(itertools.accumulate(numbers, lambda one, other: (one + other) % 10))
+    return f"{'+'.join(map(str, numbers))}=", "=".join(map(str, sums if trace else sums[-1:]))
 
 
 def train(

@@ -15,6 +15,8 @@ from tiny_models import CHATML, CORPUS, build_tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("EASYLLM_WEIGHT_CACHE_GB", "0")  # tests of the cache turn it on
+# Ray reads it once in a process, whose tests start several clusters
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 if not torch.cuda.is_available():
     # read when a kernel is defined: without a GPU, kernels run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"

@@ -42,10 +42,9 @@ def config(tmp_path, tiny_folder):
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_a_run_that_loses_a_worker_goes_on_from_its_last_checkpoint(tmp_path, config, monkeypatch):
+def test_a_run_that_loses_a_worker_goes_on_from_its_last_checkpoint(tmp_path, config):
     """In the end it has the bits of a run in two processes that lost none."""
     pytest.importorskip("ray.train")
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     (tmp_path / "recipe.yaml").write_text(dump_yaml(config))
     output, died, told = tmp_path / "ray", tmp_path / "died", []
 

@@ -340,8 +340,8 @@ static void multiply_block(const GemmPlan *p, const PackedBlock *packed, i64 m1,
         (i64)__rdtsc() - start > (m_end - m1) * (n_end - n1) / 4 * tiles * THROTTLED_CYCLES;
 }
 
-// Whether complete tiles of A can be loaded in place. With few columns, packing a large A costs more
-// than rows that map to the same cache sets.
+// Whether complete tiles of A can be loaded in place. With few columns, packing a large A costs
+// more than rows that map to the same cache sets.
 static int is_direct(const Concatenated *a, i64 rows, i64 columns, i64 depth) {
     int direct = !a->transposed && rows % (2 * SIDE) == 0 && depth % DEPTH == 0;
     for (i64 i = 0; i < a->count; i++)
