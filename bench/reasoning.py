@@ -1,6 +1,6 @@
 """A tiny model trained on arithmetic traces against one trained on answers alone; a vote; one row.
 
-    python bench/reasoning.py [--steps 900] [--seeds 2] [--record]
+    python bench/reasoning.py [--steps 1000] [--seeds 2] [--record]
 
 Sums of six digits modulo 10, one token per character. The first model learns the answer
 (4+7+2+9+1+5=8), the second the sum up to each number as well (4+7+2+9+1+5=4=1=3=2=3=8). Both see
@@ -41,7 +41,7 @@ Sum = tuple[int, ...]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=900, help="of the model with traces")
+    parser.add_argument("--steps", type=int, default=1000, help="of the model with traces")
     parser.add_argument("--held-out", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--record", action="store_true")
