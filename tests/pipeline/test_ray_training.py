@@ -14,7 +14,7 @@ from easyllm.cli.main import app
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.core.yaml_text import dump_yaml
 from easyllm.parallel.failures import CollectiveError
-from easyllm.parallel.ray_train import WorkersFailed, _failure, _fit, train_on_ray
+from easyllm.parallel.ray_train import WorkersFailed, _failure, train_on_ray
 from easyllm.train import Callback, TrainConfig, train
 
 
@@ -115,28 +115,6 @@ def test_a_rank_that_failed_by_itself_is_told_before_those_that_waited_for_it():
 def test_an_error_without_workers_is_not_swallowed():
     with pytest.raises(ValueError, match="no disk"):
         _failure(ValueError("no disk"))
-
-
-def test_a_training_that_ray_drops_before_it_begins_is_started_again():
-    exceptions = pytest.importorskip("ray.exceptions")
-    dropped = exceptions.RayActorError(error_msg="The actor never ran - it was cancelled")
-    lost = exceptions.RayActorError(error_msg="The actor died because of an error")
-    outcomes = [dropped, dropped, None]
-
-    def fit():
-        outcome = outcomes.pop(0)
-        if outcome is not None:
-            raise outcome
-
-    _fit(fit)
-    assert not outcomes
-    outcomes = [dropped] * 4
-    with pytest.raises(exceptions.RayActorError, match="never ran"):
-        _fit(fit)
-    assert len(outcomes) == 1
-    outcomes = [lost, None]
-    with pytest.raises(exceptions.RayActorError, match="because of an error"):
-        _fit(fit)
 
 
 def test_ray_that_is_not_installed_names_the_extra(monkeypatch, tmp_path):

@@ -17,9 +17,6 @@ from easyllm.core.cluster import connect_ray, cpus_each
 from easyllm.core.errors import ConfigError, EasyllmError, install
 from easyllm.parallel.failures import CollectiveError
 
-STARTS = 3
-"""How often Ray is asked to start a training that it dropped before it began."""
-
 
 class WorkersFailed(RuntimeError):
     """A run failed more often than it may be started again.
@@ -80,7 +77,7 @@ def train_on_ray(
             )
             trainer = TorchTrainer(_in_this_folder(body), scaling_config=scaling, run_config=run)
             try:
-                _fit(trainer.fit)
+                trainer.fit()
                 return
             except Exception as error:
                 failure = _failure(error)
@@ -91,22 +88,6 @@ def train_on_ray(
         shutil.rmtree(record, ignore_errors=True)
         if not was_up:
             ray.shutdown()
-
-
-def _fit(fit: Callable[[], object]) -> None:
-    """Runs a training; asks again if Ray drops its controller before that has begun.
-
-    Ray 2.60 does so now and then on a busy machine. No worker has started then.
-    """
-    from ray.exceptions import RayActorError
-
-    for again in reversed(range(STARTS)):
-        try:
-            fit()
-            return
-        except RayActorError as error:
-            if "never ran" not in str(error) or not again:
-                raise
 
 
 def _resources(workers: int) -> dict[str, object]:
