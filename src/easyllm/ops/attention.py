@@ -142,8 +142,8 @@ def visible(query: Tensor, key: Tensor, rule: AttentionRule, *, prefix: int = 0)
         mask &= near | (key < rule.num_sinks) if rule.num_sinks else near
         if not rule.causal:
             mask &= key < query + rule.window
-    inside = (key < prefix) & (query < prefix)
     if prefix:
+        inside = (key < prefix) & (query < prefix)
         mask |= inside
     if rule.directions is None or (rule.causal and not prefix):
         return mask

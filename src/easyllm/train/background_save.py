@@ -21,8 +21,8 @@ from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError, EasyllmError, read_failure
 from easyllm.core.json_types import JsonObject
 from easyllm.parallel.parallel import Parallel
-from easyllm.train.sharded_state import STATE, TENSORS, own_parts, part_file
-from easyllm.train.state import RunState, other_tensors, prune, state_values, step_folder
+from easyllm.train.sharded_state import STATE, TENSORS, gather_layouts, part_file
+from easyllm.train.state import RunState, prune, state_tensors, state_values, step_folder
 
 
 class BackgroundSave:
@@ -46,18 +46,14 @@ class BackgroundSave:
         self._publication = ExitStack()
         self._error: Exception | None = None
         values = state_values(state)
+        tensors, layout = state_tensors(state)
         if state.parallel is None:
             work = self._publication.enter_context(atomic_directory(self._folder, replace=True))
-            tensors = {f"optimizer.{name}": t for name, t in state.optimizer.tensors().items()}
-            tensors |= other_tensors(state)
             file = work / TENSORS
         else:
             world = state.parallel.mesh.world
             work = self._shared_folder(state.parallel)
-            tensors, layout = own_parts(state.optimizer.tensors(), state.parallel)
-            tensors |= other_tensors(state, shared=state.parallel.is_first)
-            ranks = world.gather_values({name: piece.to_json() for name, piece in layout.items()})
-            values |= {"layout": ranks}
+            values |= {"layout": gather_layouts(layout, state.parallel)}
             file = work / part_file(world.rank, world.size)
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         is_first = state.parallel is None or state.parallel.is_first

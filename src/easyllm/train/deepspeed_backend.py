@@ -37,7 +37,7 @@ NAMES = {"adamw": "AdamW", "sgd": "SGD"}
 class EngineOptimizer(MasterOptimizer):
     """The optimizer of DeepSpeed's engine: it holds master weights, gradients and state itself.
 
-    Takes the arguments of `MasterOptimizer`; `start` attaches the engine.
+    Takes the arguments of `MasterOptimizer`; `attach_engine` sets the engine.
     """
 
     engine: Engine

@@ -144,10 +144,7 @@ def accumulate(
         work = partial(_loss, model, objective, batch, how)
         whole, output = work() if parallel is None else parallel.forward(work)
         weight = 0.0 if batch.is_filler else how.scale / mean.num_terms
-        if parallel is None:
-            (whole * weight).backward()
-        else:
-            parallel.backward(whole * weight)
+        _backward(whole * weight, parallel)
         if not batch.is_filler:
             mean.add(output)
         if parallel is not None:
@@ -171,6 +168,14 @@ def _loss(
     return whole, output
 
 
+def _backward(term: Tensor, parallel: Parallel | None) -> None:
+    """Accumulates the gradient of a term of the loss (a scalar)."""
+    if parallel is None:
+        term.backward()
+    else:
+        parallel.backward(term)
+
+
 def _backward_of_adapter(
     adapters: AdapterSet | None, scale: float, parallel: Parallel | None = None
 ) -> dict[str, float]:
@@ -180,10 +185,8 @@ def _backward_of_adapter(
         return {}
     if parallel is not None:
         parallel.begin_micro_batch(last=False)
-    if parallel is None:
-        (term * scale).backward()
-    else:
-        parallel.backward(term * scale)
+    _backward(term * scale, parallel)
+    if parallel is not None:
         parallel.end_micro_batch()
     return {"adapter_loss_nats": float(term.detach())}
 

@@ -68,15 +68,8 @@ from easyllm.train.training_run import Callback, Run, step_flops
 ADAPTER, MODEL = "adapter", "model"
 RESUMABLE_CHANGES = frozenset(
     {
-        *(
-            "log_every",
-            "eval_every",
-            "save_every",
-            "save_async",
-            "keep_last",
-            "samples",
-            "tensorboard",
-        ),
+        *("log_every", "eval_every", "save_every", "keep_last", "samples", "tensorboard"),
+        "save_async",
         *("device", "spike_factor", "checkpoint_activations", "compile", "retention"),
     }
 )

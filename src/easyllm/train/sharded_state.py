@@ -84,9 +84,16 @@ def write_parts(
     """
     world = parallel.mesh.world
     stream_tensors(work / part_file(world.rank, world.size), tensors, release)
-    ranks = world.gather_values({name: piece.to_json() for name, piece in layout.items()})
+    ranks = gather_layouts(layout, parallel)
     if parallel.is_first:
         write_json(work / STATE, values | {"layout": ranks})
+
+
+def gather_layouts(layout: Layout, parallel: Parallel) -> list[JsonObject]:
+    """Returns the layouts of all ranks, as `state.json` holds them."""
+    pieces = {name: piece.to_json() for name, piece in layout.items()}
+    found: list[JsonObject] = parallel.mesh.world.gather_values(pieces)
+    return found
 
 
 def part_file(rank: int, size: int) -> str:
@@ -201,7 +208,9 @@ def _parameter(name: str) -> str:
 __all__ = [
     "STATE",
     "TENSORS",
+    "Layout",
     "StoredParts",
+    "gather_layouts",
     "open_tensors",
     "own_parts",
     "part_file",

@@ -29,6 +29,7 @@ from easyllm.train.progress import TrainProgress
 from easyllm.train.sharded_state import (
     STATE,
     TENSORS,
+    Layout,
     StoredParts,
     own_parts,
     shared_directory,
@@ -71,20 +72,27 @@ class RunState:
 def save_state(folder: Path, state: RunState) -> None:
     """Writes a checkpoint atomically; in a divided run, all ranks must call it."""
     values = state_values(state)
+    tensors, layout = state_tensors(state)
     if state.parallel is not None:
         with shared_directory(folder, state.parallel) as work:
-            tensors, layout = own_parts(state.optimizer.tensors(), state.parallel)
-            tensors |= other_tensors(state, shared=state.parallel.is_first)
             write_parts(work, tensors, layout, values, state.parallel, state.optimizer.release)
         return
-    tensors = {f"optimizer.{name}": t for name, t in state.optimizer.tensors().items()}
-    tensors |= other_tensors(state)
     with atomic_directory(folder, replace=True) as work:
         stream_tensors(work / TENSORS, tensors, state.optimizer.release)
         write_json(work / STATE, values)
 
 
-def other_tensors(state: RunState, *, shared: bool = True) -> dict[str, Tensor]:
+def state_tensors(state: RunState) -> tuple[dict[str, Tensor], Layout]:
+    """Returns the tensors that this process writes, and which pieces they are in a divided run."""
+    held, parallel = state.optimizer.tensors(), state.parallel
+    if parallel is None:
+        tensors = {f"optimizer.{name}": tensor for name, tensor in held.items()}
+        return tensors | _other_tensors(state), {}
+    parts, layout = own_parts(held, parallel)
+    return parts | _other_tensors(state, shared=parallel.is_first), layout
+
+
+def _other_tensors(state: RunState, *, shared: bool = True) -> dict[str, Tensor]:
     """Returns the random state of this process and, if `shared`, what all ranks have alike."""
     tensors: dict[str, Tensor] = {}
     if state.adapters is not None and shared:
