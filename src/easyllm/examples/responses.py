@@ -82,7 +82,7 @@ def is_response(prompt: list[Message], answer: list[Message]) -> bool:
     return bool(prompt) and bool(answer) and answer[0]["role"] == "assistant"
 
 
-def has_text(message: Message) -> bool:
+def _has_text(message: Message) -> bool:
     """Returns whether a message says or calls anything."""
     content = message.get("content")
     said = content.strip() if isinstance(content, str) else content
@@ -109,7 +109,7 @@ def encode_responses(
     Raises:
         DataError: the template rejects the messages, or the prompt has no text.
     """
-    if not any(has_text(message) for message in prompt):
+    if not any(_has_text(message) for message in prompt):
         raise DataError(
             f"{location}: the prompt is empty; give the text that the responses answer, or remove "
             "the row"
@@ -136,7 +136,6 @@ def num_common(*sequences: Encoded) -> int:
 
 __all__ = [
     "encode_responses",
-    "has_text",
     "is_response",
     "last_response",
     "num_common",

@@ -134,7 +134,7 @@ class PolicyObjective(Objective):
             setup.model, setup.tokenizer, self.config.rollout, longest=self._longest
         )
         if self.config.reward_model is not None:
-            scores = reward_model(self.config.reward_model, setup.tokenizer, setup.model.device)
+            scores = reward_model(self.config.reward_model, setup.model.device)
             self.rewards.add_model(scores, self.config.reward_model.weight)
 
     # ---- rollouts

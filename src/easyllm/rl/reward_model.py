@@ -40,20 +40,17 @@ def check_reward_model(config: RewardModelConfig, tokenizer: Tokenizer) -> None:
 
 
 def reward_model(
-    config: RewardModelConfig, tokenizer: Tokenizer, device: torch.device
+    config: RewardModelConfig, device: torch.device
 ) -> Callable[[Sequence[Answer]], list[float]]:
     """Loads a reward model, and returns the function that scores answers with it.
 
     Args:
-        config: the model's source.
-        tokenizer: the tokenizer of the policy, whose tokens the reward model reads.
+        config: the model's source, which `check_reward_model` has checked.
         device: the device of the model.
 
     Raises:
         SourceError, CheckpointError: the model cannot be loaded.
-        ConfigError: its head has not one score, or it has another tokenizer.
     """
-    check_reward_model(config, tokenizer)
     model = load_adapted(config.model).to(device).requires_grad_(False).eval()
 
     @torch.no_grad()

@@ -157,7 +157,6 @@ class RewardSum:
                 name, number = f"{config.name}_{number}", number + 1
             self.functions[name] = (load_reward(config), config.weight)
         self.functions |= dict(extra or {})
-
         self.keys = dict(found for config in configs for found in _keys_read(config))
 
     def __call__(self, answers: Sequence[Answer]) -> Rewarded:
