@@ -16,14 +16,16 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import machine
 import torch
 
 from easyllm.parallel.launch import launch
 
+T = TypeVar("T")
 LAYOUTS = ("ddp", "zero2", "fsdp")
 STAGES = {"zero2": 2, "fsdp": 3}
 SEQUENCE = 64
@@ -124,16 +126,34 @@ def ours(options: argparse.Namespace) -> tuple[list[float], float]:
     optimizer = MasterOptimizer(trained, AdamWConfig(learning_rate=1e-5), local=local)
     rows = [Sample.from_mask(tuple(row)) for row in sequences(options)][rank::size]
     batch, precision, objective = pack(rows), PrecisionPolicy(), LanguageModel()
-    seconds, losses = [], []
-    for _ in range(options.steps + 1):
-        start = time.perf_counter()
+
+    def step() -> float:
         loss, _ = accumulate(model, objective, [batch], precision, None, parallel)
         if parallel is not None:
             parallel.reduce(optimizer.set_gradient)
         apply_gradients(optimizer, precision, 1.0, 1.0, loss, None, parallel)
-        seconds.append(time.perf_counter() - start)
-        losses.append(loss)
+        return loss
+
+    found = timed(options, step, float)
     leave()
+    return found
+
+
+def timed(
+    options: argparse.Namespace, step: Callable[[], T], average: Callable[[T], float]
+) -> tuple[list[float], float]:
+    """Times the steps, the first of which warms up.
+
+    Returns:
+        The seconds of each step, and the loss of the first one as `average` returns it from what
+        `step` has returned.
+    """
+    seconds, losses = [], []
+    for _ in range(options.steps + 1):
+        start = time.perf_counter()
+        loss = step()
+        seconds.append(time.perf_counter() - start)
+        losses.append(average(loss))
     return seconds, losses[0]
 
 
@@ -154,18 +174,17 @@ def accelerate(options: argparse.Namespace) -> tuple[list[float], float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     ids = torch.tensor(sequences(options)[accelerator.process_index :: accelerator.num_processes])
-    seconds, losses = [], []
     model.train()
-    for _ in range(options.steps + 1):
-        start = time.perf_counter()
+
+    def step() -> torch.Tensor:
         loss = model(input_ids=ids, labels=ids).loss
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
-    return seconds, losses[0]
+        return loss.detach()
+
+    return timed(options, step, lambda loss: float(accelerator.reduce(loss, "mean")))
 
 
 def deepspeed(options: argparse.Namespace) -> tuple[list[float], float]:
@@ -187,18 +206,19 @@ def deepspeed(options: argparse.Namespace) -> tuple[list[float], float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     engine, *_ = peer.initialize(model=model, optimizer=optimizer, config=values)
     ids = torch.tensor(rows[rank::size])
-    seconds, losses = [], []
     engine.train()
-    for _ in range(options.steps + 1):
-        start = time.perf_counter()
+
+    def step() -> torch.Tensor:
         loss = engine(input_ids=ids, labels=ids).loss
         engine.backward(loss)
         engine.step()
-        seconds.append(time.perf_counter() - start)
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        losses.append(float(total) / size)
-    return seconds, losses[0]
+        return loss.detach().clone()
+
+    def average(loss: torch.Tensor) -> float:
+        dist.all_reduce(loss)
+        return float(loss) / size
+
+    return timed(options, step, average)
 
 
 PEERS = {"accelerate": accelerate, "deepspeed": deepspeed}

@@ -1,7 +1,9 @@
 """Small models for labs: a decoder of a few layers, and a short training run on token sequences."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import stdev
 
 import torch
 
@@ -146,11 +148,17 @@ def smoothed(values: Sequence[float], *, span: int = 10) -> list[tuple[float, fl
     ]
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Returns the standard error of the mean of two or more values."""
+    return stdev(values) / math.sqrt(len(values))
+
+
 __all__ = [
     "mean_loss",
     "new_model",
     "small_config",
     "smoothed",
+    "standard_error",
     "token_chains",
     "train_small",
 ]

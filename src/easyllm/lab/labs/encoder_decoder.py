@@ -1,7 +1,7 @@
 """A causal decoder, prefix language models and encoder–decoders on the same samples."""
 
 import random
-from statistics import mean, stdev
+from statistics import mean
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from easyllm.lab.small_models import (
     new_model,
     small_config,
     smoothed,
+    standard_error,
     token_chains,
     train_small,
 )
@@ -70,7 +71,7 @@ def run(parameters: Parameters) -> Result:
             curves.setdefault(name, smoothed(losses))
     sizes = {name: count_parameters(config).total for name, config in configs.items()}
     gap = [a - b for a, b in zip(ends[GPT], ends[UNILM], strict=True)]
-    error = stdev(gap) / len(gap) ** 0.5
+    error = standard_error(gap)
     return Result(
         numbers=_numbers(ends, sizes, mean(gap), error),
         figures=[

@@ -1,6 +1,6 @@
 """Small models beyond their trained length: RoPE, interpolation, NTK, YaRN, ReRoPE, sinks."""
 
-from statistics import mean, stdev
+from statistics import mean
 from typing import ClassVar, Literal
 
 import torch
@@ -9,7 +9,14 @@ from pydantic import Field, PositiveInt
 from easyllm.core.json_types import JsonObject
 from easyllm.examples.sample import Sample
 from easyllm.lab.lab import Claim, Lab, LabConfig, Lines, Number, Result, Text, claim, number
-from easyllm.lab.small_models import mean_loss, new_model, small_config, smoothed, train_small
+from easyllm.lab.small_models import (
+    mean_loss,
+    new_model,
+    small_config,
+    smoothed,
+    standard_error,
+    train_small,
+)
 from easyllm.models.context import ContextConfig, extend_context
 from easyllm.nn.decoder import Decoder
 
@@ -154,7 +161,7 @@ def _order(losses: Losses, factor: int) -> list[str]:
 def _gap(a: list[float], b: list[float]) -> tuple[float, float]:
     """Returns the mean of a - b over the seeds, and its standard error."""
     gaps = [x - y for x, y in zip(a, b, strict=True)]
-    return mean(gaps), stdev(gaps) / len(gaps) ** 0.5
+    return mean(gaps), standard_error(gaps)
 
 
 def _repeated(length: int, generator: torch.Generator) -> Sample:

@@ -1,8 +1,7 @@
 """Where facts are: recall without each feed-forward, and without each attention of equal size."""
 
-import math
 from dataclasses import dataclass, field
-from statistics import mean, stdev
+from statistics import mean
 from typing import ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from easyllm.core.json_types import JsonObject
 from easyllm.examples.sample import Sample
 from easyllm.lab.lab import Bars, Claim, Lab, LabConfig, Lines, Number, Result, Text, claim, number
-from easyllm.lab.small_models import new_model, small_config, smoothed, train_small
+from easyllm.lab.small_models import new_model, small_config, smoothed, standard_error, train_small
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
@@ -140,7 +139,7 @@ def _recall(model: Decoder, facts: Tensor) -> float:
 
 def _interval(values: list[float]) -> float:
     """Returns twice the standard error of the mean."""
-    return 2 * stdev(values) / math.sqrt(len(values))
+    return 2 * standard_error(values)
 
 
 def _numbers(config: ModelConfig, recalls: Recalls) -> list[Number]:
