@@ -10,8 +10,9 @@ from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, SamplingParams
 from easyllm.examples.span_corruption import SpanTokens, corrupted, prepare_spans
 from easyllm.models import load_model
+from easyllm.plan.compute import training_flops
 from easyllm.tokenizer import SpecialTokens, Tokenizer
-from easyllm.train import TrainConfig, dry_run, train
+from easyllm.train import Callback, TrainConfig, dry_run, train
 from tiny_models import CORPUS
 from train_twice import losses
 
@@ -90,6 +91,28 @@ def test_span_corruption_trains_a_model_that_generates(recipe, tmp_path):
     ids = torch.tensor([*prompt, start, *done.token_ids])
     best = model.logits(ids, prefix=len(prompt))[len(prompt) : -1].argmax(-1)
     assert best.tolist() == done.token_ids
+
+
+class Counting(Callback):
+    """Takes the reports of the steps, and the FLOPs that the run counts for them."""
+
+    def __init__(self):
+        self.found, self.planned = [], 0
+
+    def after_step(self, run, report):
+        self.planned = run.plan.flops
+        self.found.append((report.lengths, report.prefixes, run.flops(report), run.model.config))
+
+
+def test_each_token_is_counted_in_the_stack_that_reads_it(recipe, tmp_path):
+    counting = Counting()
+    config = TrainConfig.model_validate(recipe | {"max_steps": 4})
+    train(config, tmp_path / "run", callbacks=[counting])
+    for lengths, prefixes, flops, model in counting.found:
+        assert all(0 < read < n for n, read in zip(lengths, prefixes, strict=True))
+        assert flops == training_flops(model, lengths, prefixes=prefixes).model
+        assert flops < 0.8 * training_flops(model, lengths).model
+    assert counting.planned == pytest.approx(sum(each[2] for each in counting.found), rel=0.35)
 
 
 def test_the_same_samples_train_a_decoder(recipe, tmp_path):

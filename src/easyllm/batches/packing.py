@@ -83,7 +83,7 @@ class Batch:
         index = torch.zeros_like(self.positions) if base_only else None
         prefixes = None
         if mask is not None and mask.has_prefix:
-            prefixes = self._prefix_lengths(mask.prefix_excludes)
+            prefixes = self.prefix_lengths(mask)
         return ForwardContext(
             positions=self.positions,
             lengths=self.lengths,
@@ -102,13 +102,13 @@ class Batch:
             return None
         return block_position_rows(self.positions, self.lengths, prefixes)
 
-    def _prefix_lengths(self, excludes: int) -> tuple[int, ...]:
+    def prefix_lengths(self, mask: ModelConfig) -> tuple[int, ...]:
         """Returns the prefix length of each sequence.
 
-        The prefix ends with the token that predicts the first label, or `excludes` tokens before.
-        A sequence without labels is all prefix.
+        The prefix ends with the token that predicts the first label, or as many tokens before it as
+        the model excludes. A sequence without labels is all prefix.
         """
-        lengths = []
+        excludes, lengths = mask.prefix_excludes, list[int]()
         for labels in self.labels.split(self.lengths):
             trained = (labels != IGNORE_INDEX).nonzero()
             lengths.append(int(trained[0]) + 1 - excludes if len(trained) else len(labels))

@@ -62,6 +62,8 @@ class Work:
         dropout: whether dropout is applied to the outputs of mixers and feed-forwards.
         trains_all: whether the weights themselves are trained, not only adapters.
         keys_grad: whether some keys and values of every layer are trained (prefix tuning).
+        prefixes: number of tokens of each sequence that the encoder of an encoder–decoder reads. If
+            it is None, every token counts in both stacks, which is more than is computed.
     """
 
     lengths: tuple[int, ...]
@@ -72,6 +74,7 @@ class Work:
     dropout: bool = False
     trains_all: bool = True
     keys_grad: bool = False
+    prefixes: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:

@@ -119,13 +119,17 @@ class CrossAttention(nn.Module):
         return self.o_proj(attend.to_memory(q, self.scale).flatten(1), context)
 
     def cost(self, trace: CostTrace, x: Activation) -> Activation:
-        """Records the projections and products, as if every token were one of both stacks."""
+        """Records the projections and products; the rows of keys are those that `Work` says."""
+        lengths, work = trace.work.lengths, trace.work
+        read = lengths if work.prefixes is None else work.prefixes
+        size = x.nbytes // max(1, work.tokens)
+        memory = Activation("memory", size * sum(read), x.grad)
         q = trace.linear(self.q_proj, "cross.q", x, part="attention")
-        k = trace.linear(self.k_proj, "cross.k", x, part="attention")
-        v = trace.linear(self.v_proj, "cross.v", x, part="attention")
+        k = trace.linear(self.k_proj, "cross.k", memory, part="attention", rows=sum(read))
+        v = trace.linear(self.v_proj, "cross.v", memory, part="attention", rows=sum(read))
         width = self.config.num_heads * self.config.head_dim
         out = trace.made("crossed", width, grad=q.grad or k.grad or v.grad)
-        flops = 2 * sum(n * n for n in trace.work.lengths) * width
+        flops = 2 * sum(n * m for n, m in zip(lengths, read, strict=True)) * width
         trace.product("scores", 2 * flops, 2 * flops * (q.grad + k.grad))
         if out.grad:
             trace.keep_all(q, k, v, out)

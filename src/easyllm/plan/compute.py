@@ -102,6 +102,7 @@ def forward_flops(
     *,
     counting: Counting = "causal",
     head_rows: int | None = None,
+    prefixes: Sequence[int] | None = None,
 ) -> Flops:
     """Returns the FLOPs of a forward pass over packed sequences of these lengths.
 
@@ -109,12 +110,14 @@ def forward_flops(
         counting: `causal` counts the unmasked pairs of tokens, `full` all n² pairs of a sequence.
         head_rows: rows for which logits are computed; defaults to all (a prefill needs one per
             sequence).
+        prefixes: as in `training_flops`.
     """
     tokens = sum(lengths)
     work = Work(
         lengths=tuple(lengths),
         labelled=tokens if head_rows is None else head_rows,
         counting=counting,
+        prefixes=_prefixes(config, prefixes),
     )
     trace = trace_model(config, work)
     products = [p for layer in trace.layers for p in _products(layer)]
@@ -137,6 +140,7 @@ def training_flops(
     adapter: AdapterConfig | None = None,
     recompute: Recompute = "none",
     input_grad: bool | None = None,
+    prefixes: Sequence[int] | None = None,
 ) -> TrainingFlops:
     """Returns the FLOPs of the forward and backward pass over packed sequences.
 
@@ -150,6 +154,8 @@ def training_flops(
         input_grad: whether the inputs of the first layer's linears need a gradient. By default they
             do if the model is trained, because its embedding and first norm are, and do not for
             adapters.
+        prefixes: tokens of each sequence that the encoder of an encoder–decoder reads; without
+            them every token counts in both stacks.
 
     Raises:
         ConfigError: the adapter does not fit the model.
@@ -160,6 +166,7 @@ def training_flops(
         counting=counting,
         trains_all=adapter is None,
         input_grad=adapter is None if input_grad is None else input_grad,
+        prefixes=_prefixes(config, prefixes),
     )
     trace = trace_model(config, work, adapter)
     products = [p for layer in trace.layers for p in _products(layer)]
@@ -198,6 +205,10 @@ def estimate_time(flops: float, flops_per_s: float, *, utilisation: float = 1.0)
             "the rate must be above 0, the utilisation above 0 and at most 1"
         )
     return flops / (flops_per_s * utilisation)
+
+
+def _prefixes(config: ModelConfig, prefixes: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if prefixes is None or config.encoder is None else tuple(prefixes)
 
 
 def _products(layer: LayerTrace) -> list[Gemm]:

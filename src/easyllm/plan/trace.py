@@ -18,7 +18,14 @@ from easyllm.nn.cost import (
     saved_bytes,
 )
 from easyllm.nn.position_config import Learned
-from easyllm.plan.parts import layers_of, mixer_of, outside_of, trains_head, virtual_tokens
+from easyllm.plan.parts import (
+    encoder_layers,
+    layers_of,
+    mixer_of,
+    outside_of,
+    trains_head,
+    virtual_tokens,
+)
 
 BOOL = 1
 
@@ -61,11 +68,15 @@ def trace_model(
     _, first, last = outside_of(config)
     if not isinstance(first, nn.Identity):
         x = trace.of(first, x, "embedding.normed")
+    embedded, read = x.nbytes // max(1, work.tokens), len(encoder_layers(config))
     layers, known = [], dict[tuple[int, Activation], tuple[LayerTrace, Activation]]()
-    for layer in layers_of(config, adapter):
+    for number, layer in enumerate(layers_of(config, adapter)):
+        own = _of_stack(work, encoder=number < read)
+        if number in (0, read):  # the first layer of a stack
+            x = replace(x, nbytes=own.tokens * embedded)
         key = (id(layer), x)  # equal layers share a module, and cost the same for the same input
         if key not in known:
-            known[key] = layer.cost(CostTrace(work), x)
+            known[key] = layer.cost(CostTrace(own), x)
         layer_trace, x = known[key]
         layers.append(layer_trace)
     if not isinstance(last, nn.Identity):
@@ -76,6 +87,16 @@ def trace_model(
         head=_head(config, work, x, trained=trains_head(config, adapter)),
         shared_bytes=saved_bytes(trace.events) + _tables(config, work) + _indices(config, work),
     )
+
+
+def _of_stack(work: Work, *, encoder: bool) -> Work:
+    """Returns the work of the layers of one stack of an encoder–decoder."""
+    if work.prefixes is None:
+        return work
+    if encoder:
+        return replace(work, lengths=work.prefixes, prefixes=None)
+    pairs = zip(work.lengths, work.prefixes, strict=True)
+    return replace(work, lengths=tuple(n - prefix for n, prefix in pairs))
 
 
 def _with_virtual_tokens(work: Work, virtual: int, adapter: AdapterConfig) -> Work:

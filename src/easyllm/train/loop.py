@@ -106,6 +106,7 @@ def take_step(run: Run) -> StepReport:
         trained_tokens=sizes.trained_tokens,
         seconds=time.perf_counter() - start,
         lengths=sizes.lengths,
+        prefixes=sizes.prefixes,
         metrics=metrics,
         skipped=norm is None,
         gradient_scale=info.gradient_scale,
@@ -196,6 +197,7 @@ class _StepSizes:
     """The sequences of a step, over all ranks."""
 
     lengths: tuple[int, ...]
+    prefixes: tuple[int, ...] | None
     trained_tokens: int
 
 
@@ -203,10 +205,17 @@ def _step_sizes(run: Run, batches: Sequence[Batch]) -> _StepSizes:
     real = [batch for batch in batches if not batch.is_filler]
     lengths = tuple(n for batch in real for n in batch.lengths)
     trained = sum(batch.num_trained for batch in real)
+    prefixes, config = None, run.model.config
+    if config.encoder is not None:
+        prefixes = tuple(n for batch in real for n in batch.prefix_lengths(config))
     if run.parallel is None:
-        return _StepSizes(lengths, trained)
-    ranks = run.parallel.gather((lengths, trained))
-    return _StepSizes(tuple(n for each, _ in ranks for n in each), sum(n for _, n in ranks))
+        return _StepSizes(lengths, prefixes, trained)
+    ranks = run.parallel.gather((lengths, prefixes, trained))
+    return _StepSizes(
+        tuple(n for each, _, _ in ranks for n in each),
+        None if prefixes is None else tuple(n for _, each, _ in ranks for n in each or ()),
+        sum(n for _, _, n in ranks),
+    )
 
 
 def apply_gradients(

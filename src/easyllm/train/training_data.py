@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from easyllm.batches.corpus_rows import ShardLoader, validation_batches
-from easyllm.batches.loader import StepLoader
+from easyllm.batches.loader import Loader, StepLoader
+from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import hash_file, hash_value
 from easyllm.corpus.shards import MANIFEST, TokenShards
 from easyllm.examples.sample import AnySample
+from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig
@@ -54,6 +56,16 @@ class TrainingData:
     def identity(self) -> str:
         """A hash of the contents of all data files."""
         return hash_value(sorted(self.inputs.values()))
+
+    def encoder_tokens(self, model: ModelConfig, row: int) -> tuple[int] | None:
+        """Returns how many of `row` tokens an encoder reads, by the samples of the first step.
+
+        None for a decoder.
+        """
+        if model.encoder is None or not isinstance(self.loader, Loader):
+            return None
+        batch = pack(self.loader.samples_of(1))
+        return (row * sum(batch.prefix_lengths(model)) // sum(batch.lengths),)
 
 
 def load_training_data(

@@ -17,6 +17,7 @@ Order of the hooks in a run:
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import starmap
 from pathlib import Path
 from typing import ClassVar
 
@@ -53,6 +54,7 @@ class StepReport:
         tokens, trained_tokens: tokens of the step, and the labelled ones among them.
         seconds: wall-clock time of the step.
         lengths: lengths of the step's sequences, in tokens.
+        prefixes: how many of them an encoder reads; None for a decoder.
         metrics: further metrics of the objective, by name.
         skipped: whether no parameter changed, because the loss or a gradient was not finite.
         gradient_scale: the factor from `parameter.grad` to the true gradient in this step.
@@ -66,6 +68,7 @@ class StepReport:
     trained_tokens: int
     seconds: float
     lengths: tuple[int, ...]
+    prefixes: tuple[int, ...] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: bool = False
     gradient_scale: float = 1.0
@@ -112,7 +115,7 @@ class Run:
         inputs: hashes of the initial weights and the tokenizer.
         progress: counters and evaluations since the first step; the only value that changes.
         callbacks: called in this order.
-        flops: returns the model FLOPs of a step, given the lengths of its sequences.
+        flops: returns the model FLOPs of a step.
         parallel: the ranks that the run is divided among; None in a single process.
     """
 
@@ -129,7 +132,7 @@ class Run:
     inputs: Mapping[str, str]
     progress: TrainProgress
     callbacks: "tuple[Callback, ...]"
-    flops: Callable[[tuple[int, ...]], float]
+    flops: Callable[[StepReport], float]
     parallel: Parallel | None = None
 
     @property
@@ -184,7 +187,7 @@ class Run:
         """Returns the metrics of the current step to log, with MFU and memory."""
         figures = report.figures()
         if self.plan.flops_per_s:
-            done = self.flops(report.lengths)
+            done = self.flops(report)
             figures["speed/mfu"] = done / report.seconds / self.plan.flops_per_s
         figures["memory/peak_bytes"] = peak_memory_bytes(self.optimizer.device)
         return figures
@@ -239,14 +242,19 @@ class Callback:
         """Called last, also after an error; in reverse order of the callbacks."""
 
 
-def step_flops(model: ModelConfig, config: TrainConfig) -> Callable[[tuple[int, ...]], float]:
+def step_flops(model: ModelConfig, config: TrainConfig) -> Callable[[StepReport], float]:
     """Returns a function that computes a step's model FLOPs from its sequence lengths.
 
     Model FLOPs exclude the recomputation of gradient checkpointing.
     """
 
     @cache
-    def row(length: int) -> int:
-        return training_flops(model, (length,), adapter=config.adapter).model
+    def row(length: int, prefix: int) -> int:
+        prefixes = (prefix,)
+        return training_flops(model, (length,), adapter=config.adapter, prefixes=prefixes).model
 
-    return lambda lengths: sum(row(length) for length in lengths)
+    def done(report: StepReport) -> float:
+        prefixes = report.prefixes or (0,) * len(report.lengths)
+        return sum(starmap(row, zip(report.lengths, prefixes, strict=True)))
+
+    return done

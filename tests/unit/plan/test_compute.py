@@ -13,7 +13,9 @@ from easyllm.models.families import family_of
 from easyllm.models.families.gpt2 import SIZES as GPT2_SIZES
 from easyllm.models.families.gpt2 import read_config as read_gpt2
 from easyllm.models.families.llama import SIZES, read_config
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.encoder_decoder import build_model
 from easyllm.plan.compute import (
     decode_flops,
     estimate_time,
@@ -122,6 +124,41 @@ def test_full_activation_checkpointing_costs_a_second_forward_pass_of_the_layers
     last = 2 * 64 * 64 * 32 * config.num_layers  # the last GEMM of a layer is not recomputed
     assert plan.recomputed.total == plan.forward.total - plan.forward.head - last
     assert plan.total == plan.model + plan.recomputed.total
+
+
+T5 = {
+    "model_type": "t5",
+    "vocab_size": 97,
+    "d_model": 48,
+    "d_kv": 12,
+    "d_ff": 80,
+    "num_heads": 4,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "decoder_start_token_id": 0,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+}
+
+
+def test_each_token_of_an_encoder_decoder_is_counted_in_its_stack():
+    config = family_of("t5").read_config(T5)
+    model = build_model(config)
+    model.reset_parameters(generator=torch.Generator().manual_seed(0))
+    lengths, prefixes = (30, 41), (20, 11)
+    ids = torch.randint(1, 97, (71,), generator=torch.Generator().manual_seed(1))
+    context = ForwardContext.packed(lengths, prefix_lengths=prefixes)
+    with FlopCounterMode(display=False) as forward:
+        out = model.head(model(ids, context))
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    plan = training_flops(config, lengths, prefixes=prefixes)
+    counted = [mode.get_flop_counts()["Global"] for mode in (forward, backward)]
+    linears = [sum(n for op, n in each.items() if "bmm" not in str(op)) for each in counted]
+    assert [plan.forward.linears, plan.backward.linears] == linears
+    both = training_flops(config, lengths)
+    assert plan.forward.feed_forward < 0.6 * both.forward.feed_forward
+    assert plan.forward.scores < 0.5 * both.forward.scores
 
 
 def test_a_rate_of_zero_is_refused():
