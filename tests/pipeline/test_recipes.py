@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from easyllm.pipeline.quickstart import run_quickstart
-from easyllm.pipeline.recipe import find_recipe
+from easyllm.pipeline.recipe import find_recipe, load_train_recipe
 from easyllm.train.metrics import read_metrics
 
 FACTS = [("What is the colour of box one?", "It is red."), ("And of box two?", "It is blue.")]
@@ -156,3 +156,22 @@ def test_references_must_point_to_an_earlier_stage(recipe, tmp_path):
     assert "@tun" in done.stderr
     assert "did you mean 'tune'" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_files_that_an_objective_reads_are_relative_to_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe").mkdir()
+    for name in ("chats.jsonl", "texts.jsonl"):
+        (tmp_path / "recipe" / name).write_text(json.dumps({"text": "a"}) + "\n")
+    base = {"model": "smollm2", "data": {"kind": "arithmetic"}, "output": "out"}
+    rewards = [{"function": "exact"}]
+    for objective, found in (
+        ({"kind": "grpo", "warm_start": {"replay": ["chats.jsonl"]}}, "chats.jsonl"),
+        ({"kind": "ppo", "pretraining": {"files": "texts.jsonl"}}, "texts.jsonl"),
+    ):
+        path = tmp_path / "recipe" / "train.yaml"
+        path.write_text(yaml.safe_dump(base | {"objective": objective | {"rewards": rewards}}))
+        config = load_train_recipe(path, [])
+        part = getattr(config.objective, list(objective)[1])
+        files = part.replay if objective["kind"] == "grpo" else part.files
+        assert files == (str(tmp_path / "recipe" / found),)

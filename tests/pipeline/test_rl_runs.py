@@ -7,7 +7,7 @@ import pytest
 from easyllm.core.errors import ConfigError
 from easyllm.models import load_model, save_model, to_classifier
 from easyllm.rl.rewards import REWARDS, RewardError
-from easyllm.train import Callback, train
+from easyllm.train import Callback, TrainConfig, train
 from easyllm.train.metrics import read_metrics
 from rl_runs import PROMPTS, metrics_of, rl_config
 from tiny_models import build_tiny
@@ -157,6 +157,22 @@ def test_sums_are_learned_from_a_warm_start(tmp_path):
     assert lines[0]["rl/kl_nats"] == pytest.approx(0, abs=1e-4)  # the reference is the warm start
     recipe = (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8")
     assert json.dumps("arithmetic")[1:-1] in recipe
+
+
+def test_a_warm_start_replays_what_the_model_had_learned(tiny_folder, tmp_path):
+    """Without a replay, the loss of earlier conversations is far larger after the warm start."""
+    rows = [{"prompt": f"box {n}", "completion": f"{n} is {n % 3}"} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = {}
+    for replay in ([], [str(tmp_path / "rows.jsonl")]):
+        start = {"steps": 40, "batch_size": 8, "learning_rate": 1e-2, "replay": replay}
+        output = tmp_path / f"replay-{len(replay)}"
+        train(rl_config(tmp_path, tiny_folder, {"warm_start": start}, max_steps=1), output)
+        data = {"train": [str(tmp_path / "rows.jsonl")], "max_seq_len": 64}
+        tuned = {"model": str(output / "model"), "data": data, "max_steps": 1, "batch_size": 6}
+        train(TrainConfig.model_validate(tuned | {"precision": "fp32"}), output / "after")
+        losses[len(replay)] = read_metrics(output / "after")[0]["train/loss_nats"]
+    assert losses[1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])

@@ -31,6 +31,7 @@ RESERVED_NAMES = ("stages", "recipe.yaml", "summary.json", "pending")
 REFERENCE = re.compile(r"@([\w.-]+)(?:/(.+))?")
 VALUE_OF = re.compile(r"\$\{([\w.-]+)\}")
 DATA_PATHS = ("train", "eval", "shards", "validation")
+OBJECTIVE_PATHS = (("warm_start", "replay"), ("pretraining", "files"))
 SEEDED = ("train", "corpus")
 OBJECTIVES_FROM = (POLICY_OBJECTIVES,)
 """Objectives of other packages than `train`, which are registered by being imported here."""
@@ -312,6 +313,14 @@ def resolve_paths(values: JsonObject, folder: Path) -> None:
         brought = folder / expanded(str(model["tokenizer"]))
         if brought.is_dir():
             values["model"] = model | {"tokenizer": str(brought.resolve())}
+    objective = values.get("objective")
+    if isinstance(objective, dict):
+        found = dict[str, Json](objective)
+        for part, key in OBJECTIVE_PATHS:
+            options = objective.get(part)
+            if isinstance(options, dict) and key in options:
+                found[part] = options | {key: place(options[key])}
+        values["objective"] = found
     data = values.get("data")
     if not isinstance(data, dict):
         return

@@ -1,6 +1,6 @@
 """Configuration of the policy-gradient objectives: `objective: {kind: grpo}`, `{kind: ppo}`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -10,6 +10,7 @@ from easyllm.rl.kl import Estimator
 from easyllm.rl.policy_loss import PolicyLossConfig
 from easyllm.rl.rewards import RewardFunctionConfig
 from easyllm.rl.rollout import RolloutConfig
+from easyllm.train.data_config import ONE_OR_MORE
 from easyllm.train.objectives import ObjectiveConfig
 
 
@@ -137,6 +138,11 @@ class WarmStartConfig(Config):
     )
     wrong_copies: PositiveInt = Field(
         default=1, description="How often the wrong answer occurs for each right one."
+    )
+    replay: Annotated[tuple[PathText, ...], ONE_OR_MORE] = Field(
+        default=(),
+        description="Files of conversations that are learned again at the same time, so that a "
+        "model that was fine-tuned before does not forget them.",
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from easyllm.batches.loader import Loader
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.core.progress import Progress
-from easyllm.examples.sample import Sample
+from easyllm.examples.sample import AnySample, Sample
 from easyllm.nn.decoder import Decoder
 from easyllm.rl.config import WarmStartConfig
 from easyllm.rl.prompts import PromptSample
@@ -21,10 +21,13 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.objectives import LanguageModel
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.optim_config import AdamWConfig
+from easyllm.train.text_samples import samples_of_file
 
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises from 0; it then falls linearly to 0."""
 MICRO_BATCH_TOKENS = 4096
+REPLAY_TOKENS = 512
+"""Tokens of a replayed conversation, at most."""
 
 
 class WarmStart:
@@ -65,7 +68,11 @@ class WarmStart:
         keys = [config.answer_key]
         if config.wrong_key is not None:
             keys += [config.wrong_key] * config.wrong_copies
-        samples = [_sample(prompt, key, tokenizer) for prompt in prompts for key in keys]
+        samples: list[AnySample] = [
+            _sample(prompt, key, tokenizer) for prompt in prompts for key in keys
+        ]
+        for file in config.replay:
+            samples += samples_of_file(file, tokenizer, REPLAY_TOKENS, train_on="assistant")
         self._train(model, samples, seed)
         self._found = {name: value.detach().clone() for name, value in model.state_dict().items()}
         return model
@@ -74,7 +81,7 @@ class WarmStart:
         """Frees the copy of the weights that a reference is built from."""
         self._found = None
 
-    def _train(self, model: Decoder, samples: Sequence[Sample], seed: int) -> None:
+    def _train(self, model: Decoder, samples: Sequence[AnySample], seed: int) -> None:
         config, objective = self.config, LanguageModel()
         loader = Loader(
             samples,

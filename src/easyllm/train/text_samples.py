@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from easyllm.corpus.document import Document
 from easyllm.corpus.files.paths import plain_suffix
@@ -14,15 +15,20 @@ from easyllm.train.data_config import DataConfig
 from easyllm.train.objectives import LanguageModelConfig, build_objective
 
 
-def samples_of_file(file: str, tokenizer: Tokenizer, max_seq_len: int) -> Sequence[AnySample]:
+def samples_of_file(
+    file: str,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    *,
+    train_on: Literal["assistant", "all"] = "all",
+) -> Sequence[AnySample]:
     """Returns the samples of a file of conversations, or the windows of the texts of any other.
-
-    All tokens carry a loss.
 
     Args:
         file: JSON or JSONL with conversations or `text`, Markdown, Parquet, plain text ...
         tokenizer: the model's tokenizer, with its chat template for conversations.
         max_seq_len: tokens of a window, and at most of a conversation.
+        train_on: which tokens of a conversation carry a loss; those of a text all do.
 
     Raises:
         DataError: the file cannot be read.
@@ -30,7 +36,7 @@ def samples_of_file(file: str, tokenizer: Tokenizer, max_seq_len: int) -> Sequen
     if plain_suffix(file) in (".json", ".jsonl"):
         first = next(read_rows(Path(file)))
         if "text" not in first.values or detect_format(first.values) is not None:
-            data = DataConfig(train=(file,), train_on="all", max_seq_len=max_seq_len)
+            data = DataConfig(train=(file,), train_on=train_on, max_seq_len=max_seq_len)
             objective = build_objective(LanguageModelConfig())
             return objective.prepare(data, [Path(file)], tokenizer)[0]
     source = SourceConfig(paths=(file,), on_error="stop")
