@@ -1,11 +1,12 @@
 """Runs all labs whole, and writes their numbers and figures into the pages of `docs/map`.
 
-    python tools/labs.py [NAME ...] [--check]
+    python tools/labs.py [NAME ...] [--folder DIR] [--check]
 
 For each lab: `docs/map/numbers/NAME.json`, `docs/map/figures/NAME.svg`, and in the pages of its
 topic the table between `<!-- numbers NAME -->` and `<!-- end -->`; then `docs/map/results.md`, the
 list of pages in `docs/map/index.md`, and the link to the next page at the end of each page.
-`--check` runs nothing and reports pages whose tables differ from the files.
+`--check` runs nothing and reports pages whose tables differ from the files. `--folder` is where the
+lab runs; an evening that has been run there is not run again, and its page is `docs/evening.md`.
 """
 
 import argparse
@@ -19,7 +20,11 @@ from easyllm.lab import all_labs, find_lab, run_lab
 from easyllm.lab.lab import CHAPTERS, Lab, Language
 from easyllm.lab.page import OUTCOMES
 
-MAP = Path(__file__).resolve().parents[1] / "docs" / "map"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+import machine  # noqa: E402 - of the benchmarks
+
+MAP = ROOT / "docs" / "map"
 BLOCK = re.compile(r"(<!-- numbers ([a-z0-9-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 LIST = re.compile(r"(<!-- pages -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NEXT = re.compile(r"^(?:Next: |下一页：)\[.*\]\(.*\)\n\Z", re.MULTILINE)
@@ -30,6 +35,8 @@ CHAPTERS_ZH = (
 HEADS: dict[Language, str] = {"en": "| number | value |", "zh": "| 数值 | 值 |"}
 LANGUAGES: dict[Language, str] = {"en": ".md", "zh": ".zh.md"}
 FIXED = ("index", "results")
+OUTSIDE = ("evening",)
+"""Pages of labs that are in `docs`, not in `docs/map`."""
 RESULTS = {
     "en": (
         "# Results of the labs\n\nEnglish · [中文](results.zh.md)\n\n"
@@ -49,6 +56,7 @@ def main() -> int:
     """Returns 1 if `--check` finds a page that differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     if options.check:
@@ -56,18 +64,19 @@ def main() -> int:
         sys.stdout.write("".join(f"{path}\n" for path in stale))
         return 1 if stale else 0
     for lab in [find_lab(name) for name in options.names] or all_labs().values():
-        if lab.nightly:
-            run(lab)
+        if lab.nightly or options.names:
+            run(lab, options.folder)
     for path, text in pages():
         path.write_text(text, encoding="utf-8")
     return 0
 
 
-def run(lab: Lab) -> None:
+def run(lab: Lab, folder: Path | None = None) -> None:
     """Runs a lab and copies its numbers, with the texts of pages, and its figure."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = run_lab(lab, Path(folder) / lab.name)
-        figure = (Path(folder) / lab.name / "figure.svg").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) / lab.name if folder is None else folder
+        done = run_lab(lab, place)
+        figure = (place / "figure.svg").read_text(encoding="utf-8")
     shown = [[n.key, n.label.en, n.label.zh, n.shown()] for n in done.result.numbers]
     claims = [
         {
@@ -82,6 +91,8 @@ def run(lab: Lab) -> None:
         for claim in done.result.claims
     ]
     content = done.as_dict() | {"shown": shown, "pages": claims, "seconds": round(done.seconds)}
+    if not lab.repeatable:  # its numbers are those of a machine
+        content["machine"] = machine.row(lab.name)["machine"]
     for name, text in (
         (f"numbers/{lab.name}.json", json.dumps(content, ensure_ascii=False, indent=1) + "\n"),
         (f"figures/{lab.name}.svg", figure),
@@ -109,6 +120,10 @@ def pages() -> list[tuple[Path, str]]:
         text = LIST.sub(lambda m, t=table: f"{m[1]}{t}\n{m[3]}", index.read_text("utf-8"))
         found.append((index, text))
         found.append((MAP / f"results{suffix}", _results(language)))
+        for name in OUTSIDE:
+            path = MAP.parent / f"{name}{suffix}"
+            text = path.read_text(encoding="utf-8")
+            found.append((path, BLOCK.sub(lambda m, lang=language: _filled(m, lang), text)))
     return found
 
 

@@ -17,17 +17,19 @@ from easyllm.core.errors import DataError
 PLAN_FILE = "plan.json"
 USED = 0.8
 """Share of the hours that trainings are planned to take."""
-SHARES = {"pretrain": 0.65, "sft": 0.15, "dpo": 0.1, "grpo": 0.1}
-"""Shares of the trainings' time."""
-UTILISATION = 0.3
+SHARES = {"pretrain": 0.65, "sft": 0.12, "dpo": 0.05, "warm_start": 0.12, "grpo": 0.06}
+"""Shares of the trainings' time; `warm_start` is the first part of the stage `grpo`."""
+UTILISATION = 0.5
 """Share of the matmul rate that small models reach in training."""
-TOKENS = {"sft": 24 * 70, "dpo": 16 * 2 * 80 * 2, "grpo": 128 * 40 * 2}
-"""Tokens per step; DPO's and GRPO's count double, for the reference and the rollouts."""
+TOKENS = {"sft": 1200, "dpo": 1500, "warm_start": 900, "grpo": 2400}
+"""What a step costs, in tokens of pretraining: DPO has two answers and GRPO samples as well."""
+MOST_STEPS = {"sft": 480, "dpo": 100, "warm_start": 1200, "grpo": 200}
+"""Steps beyond which the small data sets are only learned by heart; pretraining gets the rest."""
 VOCABULARY = 4096
 DEPTHS = ((0.0, 3), (0.75, 4), (3.0, 6), (10.0, 8))
 """Layers of the model, by the fewest hours; the width is 64 times as many."""
-FIXED = {"tokenizer": 20.0, "corpus": 60.0, "facts_before": 30.0, "facts_after": 30.0}
-LAST = {"gptq": 60.0, "gguf": 20.0, "serve": 10.0}
+FIXED = {"tokenizer": 10.0, "corpus": 20.0, "facts_before": 5.0, "facts_after": 5.0}
+LAST = {"gptq": 15.0, "gguf": 5.0, "serve": 5.0}
 """Seconds of stages that hardly depend on the hours."""
 
 
@@ -38,6 +40,7 @@ class EveningPlan:
     Attributes:
         hours: hours that it may take.
         depth: layers of the model.
+        language: of the question that the served model is asked, `en` or `zh`.
         overrides: changes to the recipe `evening`.
         seconds: planned seconds of each stage.
         flops_per_s: the matmul rate that it was planned with.
@@ -45,6 +48,7 @@ class EveningPlan:
 
     hours: float
     depth: int
+    language: str
     overrides: tuple[str, ...]
     seconds: Mapping[str, float]
     flops_per_s: float
@@ -68,6 +72,7 @@ def load_plan(folder: Path) -> EveningPlan | None:
         return EveningPlan(
             hours=values["hours"],
             depth=values["depth"],
+            language=values["language"],
             overrides=tuple(values["overrides"]),
             seconds=dict(values["seconds"]),
             flops_per_s=values["flops_per_s"],
@@ -84,7 +89,7 @@ def plan_evening(hours: float, flops_per_s: float, *, language: str, seed: int) 
     Args:
         hours: hours that the evening may take.
         flops_per_s: matmul rate of this machine.
-        language: of the sums that are rewarded, `en` or `zh`.
+        language: of the question that the served model is asked, `en` or `zh`.
         seed: seed of all stages.
     """
     depth = next(layers for least, layers in reversed(DEPTHS) if hours >= least)
@@ -92,30 +97,28 @@ def plan_evening(hours: float, flops_per_s: float, *, language: str, seed: int) 
     parameters = 12 * depth * width**2 + VOCABULARY * width
     rate = flops_per_s * UTILISATION / (6 * parameters)  # tokens per second
     budget = max(60.0, hours * 3600 * USED - sum(FIXED.values()) - sum(LAST.values()))
-    seconds = {name: budget * share for name, share in SHARES.items()}
+    wanted = {name: round(budget * SHARES[name] * rate / n) for name, n in TOKENS.items()}
+    steps = {name: min(max(10, n), MOST_STEPS[name]) for name, n in wanted.items()}
+    seconds = {name: n * TOKENS[name] / rate for name, n in steps.items()}
+    seconds["pretrain"] = max(budget * SHARES["pretrain"], budget - sum(seconds.values()))
+    seconds["grpo"] += seconds.pop("warm_start")
     tokens = round(seconds["pretrain"] * rate / 4096) * 4096
-    steps = {name: max(10, round(seconds[name] * rate / n)) for name, n in TOKENS.items()}
-    steps = {name: min(n, MOST_STEPS[name]) for name, n in steps.items()}
-    seconds |= {name: n * TOKENS[name] / rate for name, n in steps.items()}
+    warm_start = steps.pop("warm_start")
     overrides = (
         f"seed={seed}",
         f"stages.pretrain.model.depth={depth}",
         f"stages.pretrain.max_tokens={max(tokens, 40_960)}",
         *(f"stages.{name}.max_steps={n}" for name, n in steps.items()),
-        f"stages.grpo.objective.warm_start.steps={max(10, steps['grpo'])}",
-        f"stages.grpo.data.sums.form={language}",
+        f"stages.grpo.objective.warm_start.steps={warm_start}",
     )
     return EveningPlan(
         hours=hours,
         depth=depth,
+        language=language,
         overrides=overrides,
         seconds={**FIXED, **seconds, **LAST},
         flops_per_s=flops_per_s,
     )
-
-
-MOST_STEPS = {"sft": 1200, "dpo": 160, "grpo": 400}
-"""Steps beyond which the small data sets are only learned by heart."""
 
 
 def quick_plan(*, language: str, seed: int) -> EveningPlan:
@@ -138,12 +141,12 @@ def quick_plan(*, language: str, seed: int) -> EveningPlan:
         "stages.grpo.data.held_out=4",
         "stages.facts_before.max_tokens=2",
         "stages.facts_after.max_tokens=2",
-        f"stages.grpo.data.sums.form={language}",
     )
-    names = (*FIXED, *SHARES, *LAST)
+    names = (*FIXED, "pretrain", "sft", "dpo", "grpo", *LAST)
     return EveningPlan(
         hours=0.0,
         depth=1,
+        language=language,
         overrides=overrides,
         seconds=dict.fromkeys(names, 10.0),
         flops_per_s=0.0,

@@ -32,7 +32,7 @@ STAGES, RECORDS = "stages", "records"
 GPTQ, GGUF = "model-gptq", "model.gguf"
 START_S = 60.0
 """Time in which the server has to start."""
-QUESTIONS = {"en": "What is Easyllm?", "zh": "请问，掩耳盗铃是什么意思？"}
+QUESTIONS = {"en": "What is the default model of Easyllm?", "zh": "请问，掩耳盗铃是什么意思？"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +55,12 @@ class Evening:
         return found | {name: float(r["seconds"]) for name, r in self.records.items()}
 
 
-def run_stages(plan: EveningPlan, folder: Path, *, language: str, samples: int) -> Evening:
+def run_stages(plan: EveningPlan, folder: Path, *, samples: int) -> Evening:
     """Runs the stages that have not finished.
 
     Args:
         plan: the sizes.
         folder: the evening's folder.
-        language: of the question that the served model is asked.
         samples: calibration sequences of GPTQ.
     """
     overrides = [f"output={folder / STAGES}", *plan.overrides]
@@ -79,7 +78,7 @@ def run_stages(plan: EveningPlan, folder: Path, *, language: str, samples: int) 
     steps: dict[str, Callable[[], JsonObject]] = {
         "gptq": gptq,
         "gguf": gguf,
-        "serve": lambda: ask_served(folder / GGUF, QUESTIONS[language]),
+        "serve": lambda: ask_served(folder / GGUF, QUESTIONS[plan.language]),
     }
     records = {name: _recorded(folder / RECORDS, name, step) for name, step in steps.items()}
     trained = ("pretrain", "sft", "dpo", "grpo")

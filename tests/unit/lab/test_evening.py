@@ -24,7 +24,9 @@ def test_the_plan_fits_into_the_hours_and_its_recipe_is_valid(hours):
     recipe = recipe_of(plan)
     assert recipe.seed == recipe.stages["sft"].seed == 3
     assert recipe.stages["pretrain"].model.depth == plan.depth
-    assert recipe.stages["grpo"].data.sums.form == "zh"
+    replayed = recipe.stages["grpo"].objective.warm_start.replay
+    assert replayed == tuple(map(str, recipe.stages["sft"].data.train))
+    assert plan.language == "zh"
     assert set(plan.seconds) == {*recipe.stages, "gptq", "gguf", "serve"}
 
 
@@ -59,6 +61,8 @@ def test_other_parameters_are_refused_in_the_folder_of_an_evening(tmp_path):
     with pytest.raises(OutputError, match=r"an evening with other parameters.*2 hours"):
         run_lab(lab, tmp_path, words=["hours=3"])
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+    with pytest.raises(OutputError, match="an evening with other parameters"):
+        run_lab(lab, tmp_path, words=["hours=2", "language=zh"])
     quick_plan(language="en", seed=0).save(tmp_path)
     with pytest.raises(OutputError, match="an evening with other parameters"):
         run_lab(lab, tmp_path)

@@ -14,7 +14,9 @@ from easyllm.lab.evening_stages import GGUF, Evening, run_stages
 from easyllm.lab.lab import Bars, Claim, Lab, LabConfig, Lines, Number, Result, Text, claim, number
 from easyllm.plan.machine import matmul_rate
 
-LOSS = "train/loss_nats"
+LOSS, REWARD = "train/loss_nats", "eval/reward"
+KEPT = 0.9
+"""Share of the recalled facts that may be left after the last training to call them kept."""
 NAMES = {
     "tokenizer": "分词器",
     "corpus": "语料",
@@ -39,7 +41,7 @@ class Parameters(LabConfig):
         default=1.0, ge=0.25, le=48, description="Hours that the evening may take."
     )
     language: Literal["en", "zh"] = Field(
-        default="en", description="Language of the rewarded sums and of the question at the end."
+        default="en", description="Language of the question that the served model is asked."
     )
     samples: PositiveInt = Field(default=32, le=512, description="GPTQ's calibration sequences.")
     smallest: bool = Field(default=False, description="Whether every stage is as small as it can.")
@@ -53,12 +55,12 @@ def run(parameters: Parameters, folder: Path) -> Result:
         f"planned: {format_duration(total)}, a model of {plan.depth} layers", markup=False
     )
     samples = 4 if parameters.smallest else parameters.samples
-    evening = run_stages(plan, folder, language=parameters.language, samples=samples)
+    evening = run_stages(plan, folder, samples=samples)
     taken = evening.seconds()
     return Result(
         numbers=[*_quality(evening), *_times(plan, taken)],
         figures=[_losses(evening), _rewards(evening), _clock(plan, taken)],
-        claims=[_claim(parameters, plan, evening, taken)],
+        claims=[_claim(parameters, plan, evening, taken), _gains(evening)],
         series={
             "planned_seconds": dict(plan.seconds),
             "seconds": taken,
@@ -80,7 +82,7 @@ def _plan(parameters: Parameters, folder: Path) -> EveningPlan:
         folder.mkdir(parents=True, exist_ok=True)
         plan.save(folder)
         return plan
-    if plan.overrides != stored.overrides:
+    if (plan.overrides, plan.language) != (stored.overrides, stored.language):
         raise OutputError(
             f"an evening with other parameters has begun in {str(folder)!r} "
             f"({stored.hours:g} hours); give the same ones, or another output=DIR"
@@ -99,10 +101,8 @@ def _planned(parameters: Parameters, stored: EveningPlan | None) -> EveningPlan:
 
 
 def _quality(evening: Evening) -> list[Number]:
-    before, after = (
-        evening.results[name].figures["facts"]["recall"] for name in ("facts_before", "facts_after")
-    )
-    rewards = _points(evening.metrics["grpo"], "rl/reward")
+    before, after = _recalled(evening)
+    rewards = _points(evening.metrics["grpo"], REWARD)
     gptq, gguf, served = (evening.records[name] for name in ("gptq", "gguf", "serve"))
     found = [
         number(
@@ -122,15 +122,15 @@ def _quality(evening: Evening) -> list[Number]:
         ),
         number(
             "reward_first",
-            rewards[0][1] if rewards else None,
-            "GRPO: reward of the first step",
-            "GRPO：第一步的奖励",
+            rewards[0][1],
+            "held-out sums that are right before GRPO",
+            "GRPO 之前答对的留出加法题比例",
         ),
         number(
             "reward_last",
-            rewards[-1][1] if rewards else None,
-            "GRPO: reward of the last step",
-            "GRPO：最后一步的奖励",
+            rewards[-1][1],
+            "held-out sums that are right after GRPO",
+            "GRPO 之后答对的留出加法题比例",
         ),
         number(
             "gptq_bytes",
@@ -183,7 +183,7 @@ def _rewards(evening: Evening) -> Lines:
         y="share",
         lines={
             "DPO: pairs ordered rightly": _points(evening.metrics["dpo"], "eval/reward_accuracy"),
-            "GRPO: reward": _points(evening.metrics["grpo"], "rl/reward"),
+            "GRPO: held-out sums that are right": _points(evening.metrics["grpo"], REWARD),
         },
         marks=True,
     )
@@ -229,6 +229,40 @@ def _claim(
             "秒数为各阶段最后一次启动后的用时；中断的阶段会继续。",
         ),
     )
+
+
+def _gains(evening: Evening) -> Claim:
+    """What every training gained, and whether a later one destroyed it."""
+    before, after = _recalled(evening)
+    first, *_, last = [reward for _, reward in _points(evening.metrics["grpo"], REWARD)]
+    ordered = _at_end(evening.metrics["dpo"], "eval/reward_accuracy") or 0.0
+    return claim(
+        (
+            "Each training improves what it is for, and the next ones keep it.",
+            "每一步训练都改进它的目标，后面的训练不丢掉它。",
+        ),
+        (
+            f"After SFT {before:.0%} of the held-out facts are recalled; DPO orders {ordered:.0%} of "
+            f"the held-out pairs rightly; GRPO raises right answers to held-out sums from "
+            f"{first:.0%} to {last:.0%}; after it {after:.0%} of the facts are recalled.",
+            f"SFT 后记住 {before:.0%} 的留出事实；DPO 后 {ordered:.0%} 的留出偏好对判断正确；"
+            f"GRPO 使留出加法题的正确率从 {first:.0%} 到 {last:.0%}；之后记住 {after:.0%} 的事实。",
+        ),
+        "reproduced" if last > first and after >= KEPT * before > 0 else "not",
+        (
+            "The SFT data are learned again at the start of GRPO (warm_start.replay); without them "
+            "all facts are forgotten.",
+            "GRPO 开始时会复习 SFT 数据（warm_start.replay）；不复习则全部忘掉。",
+        ),
+    )
+
+
+def _recalled(evening: Evening) -> tuple[float, float]:
+    """Shares of the held-out facts that are recalled after SFT and at the end."""
+    before, after = (
+        evening.results[name].figures["facts"]["recall"] for name in ("facts_before", "facts_after")
+    )
+    return before, after
 
 
 def _points(lines: Sequence[JsonObject], key: str) -> list[tuple[float, float]]:
