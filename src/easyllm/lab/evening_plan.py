@@ -21,7 +21,7 @@ SHARES = {"pretrain": 0.65, "sft": 0.12, "dpo": 0.05, "warm_start": 0.12, "grpo"
 """Shares of the trainings' time; `warm_start` is the first part of the stage `grpo`."""
 UTILISATION = 0.5
 """Share of the matmul rate that small models reach in training."""
-TOKENS = {"sft": 1200, "dpo": 1500, "warm_start": 900, "grpo": 2400}
+TOKENS = {"sft": 1200, "dpo": 1500, "warm_start": 950, "grpo": 2400}
 """What a step costs, in tokens of pretraining: DPO has two answers and GRPO samples as well."""
 MOST_STEPS = {"sft": 480, "dpo": 100, "warm_start": 1200, "grpo": 200}
 """Steps beyond which the small data sets are only learned by heart; pretraining gets the rest."""

@@ -242,8 +242,8 @@ def _gains(evening: Evening) -> Claim:
             "每一步训练都改进它的目标，后面的训练不丢掉它。",
         ),
         (
-            f"After SFT {before:.0%} of the held-out facts are recalled; DPO orders {ordered:.0%} of "
-            f"the held-out pairs rightly; GRPO raises right answers to held-out sums from "
+            f"After SFT {before:.0%} of the held-out facts are recalled; DPO orders {ordered:.0%} "
+            f"of the held-out pairs rightly; GRPO raises right answers to held-out sums from "
             f"{first:.0%} to {last:.0%}; after it {after:.0%} of the facts are recalled.",
             f"SFT 后记住 {before:.0%} 的留出事实；DPO 后 {ordered:.0%} 的留出偏好对判断正确；"
             f"GRPO 使留出加法题的正确率从 {first:.0%} 到 {last:.0%}；之后记住 {after:.0%} 的事实。",
