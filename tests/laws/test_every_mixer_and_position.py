@@ -3,12 +3,15 @@
 The models are tiny, random and in fp64, so that any difference beyond rounding is a logic error.
 """
 
+import copy
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
 from easyllm.batches.packing import pack
+from easyllm.batches.shared_prompts import shares_prompts
 from easyllm.engine.runner import logits_in_passes
 from easyllm.examples.sample import Sample
 from easyllm.nn.config import (
@@ -46,6 +49,7 @@ from easyllm.nn.position_config import (
     TransformerXL,
     YarnScaling,
 )
+from prefix_batches import PREFIX, batch_of, loss_gradients_and_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the models are too small to parallelise
 
@@ -310,6 +314,22 @@ def test_a_leak_across_the_boundary_would_be_detected(name):
     leaky = ForwardContext(positions=batch.positions, lengths=(len(batch.token_ids),))
     logits = model.head(model(batch.token_ids, leaky)).split(batch.lengths)
     assert (logits[1] - alone(name)[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("labelled_prefix", [True, False])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_common_prefix_computed_once_gives_the_same_loss_and_gradients(name, labelled_prefix):
+    model = copy.deepcopy(model_of(name)).requires_grad_(True)
+    batch = batch_of(VOCAB, labelled_prefix=labelled_prefix)
+    assert batch.common_prefix == PREFIX
+    shared, found, rows = loss_gradients_and_rows(model, batch)
+    whole, expected, all_rows = loss_gradients_and_rows(model, replace(batch, common_prefix=0))
+    tokens = len(batch.token_ids)
+    saved = 3 * PREFIX if shares_prompts(model.config, 0) else 0
+    assert (rows, all_rows) == ([tokens - saved], [tokens])
+    assert shared.num_tokens == whole.num_tokens == batch.num_trained
+    torch.testing.assert_close(shared.sum, whole.sum, atol=1e-9, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-9)
 
 
 # ---- law 3

@@ -51,6 +51,8 @@ class Batch:
         token_extras: names of the per-token extras.
         is_filler: whether the batch counts for nothing: a rank without a micro-batch computes one
             to take part in the collectives of the others.
+        common_prefix: a number of first tokens that all sequences have in common and that none ends
+            with, such as those of a system prompt; 0 where it is not known.
     """
 
     token_ids: Tensor
@@ -62,6 +64,7 @@ class Batch:
     extras: Mapping[str, Tensor] = field(default_factory=lambda: _NO_EXTRAS)
     token_extras: frozenset[str] = frozenset()
     is_filler: bool = False
+    common_prefix: int = 0
 
     def context(
         self,
@@ -179,6 +182,7 @@ class Batch:
             {name: tensor.to(device) for name, tensor in self.extras.items()},
             self.token_extras,
             self.is_filler,
+            self.common_prefix,
         )
 
 
@@ -196,7 +200,18 @@ def pack(samples: Sequence[AnySample]) -> Batch:
         num_trained=sum(s.num_trained for s in parts),
         extras=extras,
         token_extras=of_tokens,
+        common_prefix=common_prefix(parts),
     )
+
+
+def common_prefix(parts: Sequence[Sample]) -> int:
+    """Returns how many first tokens all samples share, at most all but the last of each."""
+    if len(parts) < 2:
+        return 0
+    first, last = min(p.token_ids for p in parts), max(p.token_ids for p in parts)
+    most = min(len(p.token_ids) for p in parts) - 1
+    pairs = zip(first[:most], last[:most], strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), max(most, 0))
 
 
 def _packed_extras(parts: Sequence[Sample]) -> tuple[Mapping[str, Tensor], frozenset[str]]:

@@ -6,12 +6,12 @@ the mixers see complete sequences (`nn.context.SharedRows`). Outputs and gradien
 complete sequences up to rounding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from easyllm.batches.packing import Batch
+from easyllm.batches.packing import POSITION_ROWS, Batch
 from easyllm.examples.sample import AnySample
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.context import AdapterRows, ForwardContext, SharedRows
@@ -19,6 +19,8 @@ from easyllm.nn.context import AdapterRows, ForwardContext, SharedRows
 ANSWERS, PROMPT = "answers", "prompt"
 """Extras per sequence: the number of sequences in its group, which are adjacent, and the number of
 first tokens that all of them have in common; both are 0 for padding."""
+LEAST_SAVED = 1 / 16
+"""Share of a batch's tokens that a common prefix must save: the rows have to be put together."""
 
 
 def share_prompts(
@@ -33,11 +35,43 @@ def share_prompts(
     Returns:
         Token ids [T] of the rows, their context, and the row [T'] of each token of the batch.
     """
+    prompts = batch.extras[PROMPT].tolist()
+    return _shared(batch, group_sizes(batch), prompts, base_only=base_only)
+
+
+def share_prefix(batch: Batch) -> tuple[Tensor, ForwardContext, Tensor]:
+    """Returns what `share_prompts` does, for one group whose prompt is the `common_prefix`."""
+    number = len(batch.lengths)
+    return _shared(batch, [number], [batch.common_prefix] * number)
+
+
+def shared_lengths(batch: Batch) -> tuple[int, ...]:
+    """Returns the lengths of the prompts that a forward pass of the batch does not compute again.
+
+    One for each sequence but the first of its group, or nothing if the batch has no groups and too
+    short a common prefix. The model may not share prompts: see `shares_prompts`.
+    """
+    if ANSWERS in batch.extras:
+        prompts, found, start = batch.extras[PROMPT].tolist(), list[int](), 0
+        for size in group_sizes(batch):
+            found += [int(n) for n in prompts[start + 1 : start + size]]
+            start += size
+        return tuple(found)
+    return (batch.common_prefix,) * (len(batch.lengths) - 1) if has_common_prefix(batch) else ()
+
+
+def has_common_prefix(batch: Batch) -> bool:
+    """Returns whether a common prefix is worth being computed once."""
+    saved = batch.common_prefix * (len(batch.lengths) - 1)
+    return POSITION_ROWS not in batch.extras and saved >= LEAST_SAVED * sum(batch.lengths)
+
+
+def _shared(
+    batch: Batch, groups: Sequence[int], prompts: Sequence[float], *, base_only: bool = False
+) -> tuple[Tensor, ForwardContext, Tensor]:
     device = batch.token_ids.device
-    groups = group_sizes(batch)
     row_of, is_first, lengths = list[Tensor](), list[Tensor](), list[int]()
     sequence = num_rows = 0
-    prompts = batch.extras[PROMPT].tolist()
     for size in groups:
         start = num_rows
         for number in range(size):
@@ -97,7 +131,10 @@ __all__ = [
     "ANSWERS",
     "PROMPT",
     "group_sizes",
+    "has_common_prefix",
     "num_shared_tokens",
+    "share_prefix",
     "share_prompts",
+    "shared_lengths",
     "shares_prompts",
 ]

@@ -107,6 +107,7 @@ def take_step(run: Run) -> StepReport:
         seconds=time.perf_counter() - start,
         lengths=sizes.lengths,
         prefixes=sizes.prefixes,
+        shared=sizes.shared,
         metrics=metrics,
         skipped=norm is None,
         gradient_scale=info.gradient_scale,
@@ -198,6 +199,7 @@ class _StepSizes:
 
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...] | None
+    shared: tuple[int, ...]
     trained_tokens: int
 
 
@@ -208,13 +210,16 @@ def _step_sizes(run: Run, batches: Sequence[Batch]) -> _StepSizes:
     prefixes, config = None, run.model.config
     if config.encoder is not None:
         prefixes = tuple(n for batch in real for n in batch.prefix_lengths(config))
+    shared = run.objective.shared_lengths(run.model, real)
+    own = _StepSizes(lengths, prefixes, shared, trained)
     if run.parallel is None:
-        return _StepSizes(lengths, prefixes, trained)
-    ranks = run.parallel.gather((lengths, prefixes, trained))
+        return own
+    ranks: list[_StepSizes] = run.parallel.gather(own)
     return _StepSizes(
-        tuple(n for each, _, _ in ranks for n in each),
-        None if prefixes is None else tuple(n for _, each, _ in ranks for n in each or ()),
-        sum(n for _, _, n in ranks),
+        tuple(n for rank in ranks for n in rank.lengths),
+        None if prefixes is None else tuple(n for rank in ranks for n in rank.prefixes or ()),
+        tuple(n for rank in ranks for n in rank.shared),
+        sum(rank.trained_tokens for rank in ranks),
     )
 
 

@@ -55,6 +55,7 @@ class StepReport:
         seconds: wall-clock time of the step.
         lengths: lengths of the step's sequences, in tokens.
         prefixes: how many of them an encoder reads; None for a decoder.
+        shared: lengths of prompts that were computed for another sequence and not again.
         metrics: further metrics of the objective, by name.
         skipped: whether no parameter changed, because the loss or a gradient was not finite.
         gradient_scale: the factor from `parameter.grad` to the true gradient in this step.
@@ -69,6 +70,7 @@ class StepReport:
     seconds: float
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...] | None = None
+    shared: tuple[int, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: bool = False
     gradient_scale: float = 1.0
@@ -245,16 +247,18 @@ class Callback:
 def step_flops(model: ModelConfig, config: TrainConfig) -> Callable[[StepReport], float]:
     """Returns a function that computes a step's model FLOPs from its sequence lengths.
 
-    Model FLOPs exclude the recomputation of gradient checkpointing.
+    Model FLOPs exclude the recomputation of gradient checkpointing, and prompts that are computed
+    once for several sequences count once.
     """
 
     @cache
-    def row(length: int, prefix: int) -> int:
+    def row(length: int, prefix: int = 0) -> int:
         prefixes = (prefix,)
         return training_flops(model, (length,), adapter=config.adapter, prefixes=prefixes).model
 
     def done(report: StepReport) -> float:
         prefixes = report.prefixes or (0,) * len(report.lengths)
-        return sum(starmap(row, zip(report.lengths, prefixes, strict=True)))
+        whole = sum(starmap(row, zip(report.lengths, prefixes, strict=True)))
+        return whole - sum(map(row, report.shared))
 
     return done

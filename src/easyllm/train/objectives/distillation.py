@@ -19,7 +19,11 @@ from easyllm.core.paths import PathText
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.cross_entropy import IGNORE_INDEX, rows_of_chunk
 from easyllm.train.data_config import CorpusDataConfig, DataConfig
-from easyllm.train.objectives.language_model import LanguageModel, LanguageModelConfig
+from easyllm.train.objectives.language_model import (
+    LanguageModel,
+    LanguageModelConfig,
+    token_states,
+)
 from easyllm.train.objectives.objective import LossOutput, register_objective
 from easyllm.train.objectives.router import routing_of, with_router_losses
 
@@ -56,8 +60,9 @@ class Distillation(LanguageModel):
         config = model.config
         rows = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
         routing = routing_of(model)
-        hidden = model(batch.token_ids, batch.context(mask=config, routing=routing))
-        hidden, labels = hidden.index_select(0, rows), batch.labels[rows]
+        states, labels = token_states(model, batch, routing)
+        kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        hidden, labels = states.index_select(0, kept), labels[kept]
         teacher = reference.hidden(batch).index_select(0, rows)
         count = rows_of_chunk(
             vocab_size=config.vocab_size, itemsize=4, device_type=hidden.device.type

@@ -26,7 +26,12 @@ from easyllm.adapters import AdapterConfig
 from easyllm.batches.loader import Loader, StepLoader, StepSize
 from easyllm.batches.packing import Batch, pack, split_by_tokens
 from easyllm.batches.rank_share import Ranks
-from easyllm.batches.shared_prompts import num_shared_tokens
+from easyllm.batches.shared_prompts import (
+    ANSWERS,
+    num_shared_tokens,
+    shared_lengths,
+    shares_prompts,
+)
 from easyllm.core.config import Config
 from easyllm.core.kinds import Kinds
 from easyllm.examples.prepare import PreparationStats
@@ -214,6 +219,14 @@ class Objective:
         They are counted as tokens of the data, but take no time where prompts are shared.
         """
         return num_shared_tokens(samples)
+
+    def shared_lengths(self, model: Decoder, batches: Sequence[Batch]) -> tuple[int, ...]:
+        """Returns the lengths of the prompts that the batches' losses do not compute again."""
+        if not shares_prompts(model.config, model.num_virtual_tokens):
+            return ()
+        return tuple(
+            n for batch in batches if ANSWERS in batch.extras for n in shared_lengths(batch)
+        )
 
     def start(self, setup: RunSetup) -> None:
         """Called once the model is built, before a checkpoint is restored and the first step."""
