@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from authors_layouts import LAYOUTS, ChatGLM2, write_folder
+from authors_layouts import LAYOUTS, Baichuan, ChatGLM2, write_folder
 from easyllm.adapters import LoRAConfig, adapter_of, attach, merge, save_adapter
 from easyllm.core.errors import CheckpointError
 from easyllm.engine import Engine, Request, SamplingParams
@@ -97,19 +97,40 @@ def test_it_is_packed_cached_quantized_and_adapted_like_any_other(layout, tmp_pa
     torch.testing.assert_close(ours, adapted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["baichuan 7B", "baichuan2 7B", "chatglm2", "chatglm2 32k"])
+IN_GGUF = {
+    "baichuan 7B": Baichuan(layers=32),
+    "baichuan 13B": Baichuan(layers=40, alibi=True),
+    "baichuan2 7B": Baichuan(layers=32, unit_head=True),
+    "chatglm2": LAYOUTS["chatglm2"],
+    "chatglm2 32k": LAYOUTS["chatglm2 32k"],
+}
+"""Layouts that llama.cpp reads; it goes by the number of layers of a Baichuan model."""
+
+
+@pytest.mark.parametrize("name", IN_GGUF)
 def test_a_gguf_file_holds_the_same_model(name, tmp_path, tiny_tokenizer):
-    layout, ids = LAYOUTS[name], ids_of(40)
+    layout, ids = IN_GGUF[name], ids_of(40)
     model = load_model(layout.write(tmp_path / "m"))
     save_gguf(model, tmp_path / "m.gguf", type="f32", tokenizer=tiny_tokenizer)
     again = load_model(tmp_path / "m.gguf")
     torch.testing.assert_close(again.logits(ids), model.logits(ids), **CLOSE)
 
 
-def test_alibi_in_gguf_needs_the_number_of_layers_that_llama_cpp_goes_by(tmp_path, tiny_tokenizer):
-    model = load_model(LAYOUTS["baichuan 13B"].write(tmp_path / "m"))
-    with pytest.raises(CheckpointError, match=r"40 layers for one with ALiBi.*2 layers and ALiBi"):
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (Baichuan(alibi=True), "ALiBi to a Baichuan model of 40 layers only.*has 2"),
+        (Baichuan(), "RoPE to a Baichuan model of 32 layers only.*has 2"),
+    ],
+    ids=["alibi", "rope"],
+)
+def test_gguf_needs_the_number_of_layers_that_llama_cpp_goes_by(
+    layout, words, tmp_path, tiny_tokenizer
+):
+    model = load_model(layout.write(tmp_path / "m"))
+    with pytest.raises(CheckpointError, match=words):
         save_gguf(model, tmp_path / "m.gguf", type="f32", tokenizer=tiny_tokenizer)
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_a_model_of_transformers_in_the_layout_of_chatglm2(tmp_path):

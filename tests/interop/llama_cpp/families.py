@@ -91,7 +91,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "yi": BASE | {"model_type": "Yi", "rope_theta": 5e6},
     "internlm2": BASE | {"model_type": "internlm2", "rope_theta": 1e6},
     "phi3": BASE | {"model_type": "phi3", "original_max_position_embeddings": 512},
-    "baichuan 7B": BASE | {"model_type": "baichuan", "num_key_value_heads": 4},
+    "baichuan 7B": BASE
+    | {"model_type": "baichuan", "num_key_value_heads": 4, "num_hidden_layers": 32},
     "baichuan 13B": BASE
     | {
         "model_type": "baichuan",

@@ -34,8 +34,11 @@ from easyllm.nn.position_config import Alibi, Position, Rope
 
 _VOCAB_2 = 125696
 """Vocabulary size of Baichuan 2, by which its own code and that of other tools recognise it."""
-_LAYERS_13B = 40
-"""Number of layers by which llama.cpp recognises the models with ALiBi."""
+_LAYERS = {True: 32, False: 40}
+"""Number of layers by which llama.cpp recognises the models with RoPE, and those with ALiBi.
+
+With any other number it applies no positions at all, silently.
+"""
 _DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "rms_norm_eps": 1e-6}
 
 
@@ -115,7 +118,7 @@ def read_gguf(metadata: GGUFMetadata) -> JsonObject:
     """Converts GGUF metadata of the architecture `baichuan`; its head is used as it is stored."""
     hf = read_llama(metadata, "baichuan")
     length = hf.pop("max_position_embeddings")
-    rotary = hf["num_hidden_layers"] != _LAYERS_13B
+    rotary = hf["num_hidden_layers"] != _LAYERS[False]
     metadata.expect("rope.freq_base", 10000.0)
     lengths = {"model_max_length": length} | ({"max_position_embeddings": length} if rotary else {})
     return hf | lengths | {"norm_head": False}
@@ -128,11 +131,11 @@ def write_gguf(hf: JsonMapping) -> JsonObject:
         CheckpointError: llama.cpp would take it for a model with other positions.
     """
     rotary = "max_position_embeddings" in hf
-    if rotary == (hf["num_hidden_layers"] == _LAYERS_13B):
+    layers, expected = hf["num_hidden_layers"], _LAYERS[rotary]
+    if layers != expected:
         raise CheckpointError(
-            f"llama.cpp takes a Baichuan model with {_LAYERS_13B} layers for one with ALiBi and "
-            f"others for one with RoPE, but this one has {hf['num_hidden_layers']} layers and "
-            f"{'RoPE' if rotary else 'ALiBi'}; save it as a Hugging Face folder"
+            f"llama.cpp applies {'RoPE' if rotary else 'ALiBi'} to a Baichuan model of {expected} "
+            f"layers only, and this one has {layers}; save it as a Hugging Face folder"
         )
     heads = hf["num_attention_heads"]
     return write_llama(
@@ -146,7 +149,7 @@ def write_gguf(hf: JsonMapping) -> JsonObject:
 
 
 def _size(layers: int, hidden: int, inner: int, vocab: int) -> JsonObject:
-    length = {} if layers == _LAYERS_13B else {"max_position_embeddings": 4096}
+    length = {} if layers == _LAYERS[False] else {"max_position_embeddings": 4096}
     return {
         "model_type": "baichuan",
         "vocab_size": vocab,
