@@ -1,12 +1,14 @@
 """Full fine-tuning steps of SmolLM2 in fp32: one process, two processes, and a peer in two.
 
-    python bench/parallel.py [--tokens 512] [--steps 3] [--peer accelerate deepspeed] [--record]
+    python bench/parallel.py [--tokens 512] [--steps 3] [--rounds 1]
+        [--peer accelerate deepspeed] [--record]
 
 Every process has one thread. The steps of one and of two processes take the same batch; `--peer`
 also times Accelerate's FSDP2 and DeepSpeed's engine around `transformers` with the same model,
 batch, optimizer and ZeRO stage (2 or 3; needs these packages). Printed as one JSON row: seconds
-per step (median after one warm-up step), the speed-up of two processes, and our time relative to
-the peer's. DeepSpeed compiles a helper when it is first used: start it once before a timing.
+per step (median after one warm-up step, and of `--rounds`, in which all take turns), the speed-up
+of two processes, and our time relative to the peer's. DeepSpeed compiles a helper when it is first
+used: start it once before a timing.
 """
 
 import argparse
@@ -26,6 +28,8 @@ import torch
 from easyllm.parallel.launch import launch
 
 T = TypeVar("T")
+Medians = dict[tuple[str, str, int], dict[str, float]]
+"""Seconds per step and loss, by who trains, layout and processes."""
 LAYOUTS = ("ddp", "zero2", "fsdp")
 STAGES = {"zero2": 2, "fsdp": 3}
 SEQUENCE = 64
@@ -35,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
     parser.add_argument("--peer", nargs="*", default=[], choices=list(PEERS))
     parser.add_argument("--record", action="store_true")
@@ -49,21 +54,35 @@ def main() -> None:
             figures = {"seconds": statistics.median(seconds[1:]), "loss": loss}
             options.out.write_text(json.dumps(figures))
         return
-    row = machine.row("parallel", tokens=options.tokens)
-    row["one"] = measure(options, "ours", "ddp", 1)
-    for layout in options.layouts:
-        row[layout] = measure(options, "ours", layout, 2)
-        row[f"{layout}_speedup"] = round(row["one"]["seconds"] / row[layout]["seconds"], 3)
-    if options.peer:
-        with tempfile.TemporaryDirectory() as folder:
+    jobs = [("ours", "ddp", 1), *(("ours", layout, 2) for layout in options.layouts)]
+    sharded = [layout for layout in options.layouts if layout != "ddp"]
+    jobs += [(peer, layout, 2) for peer in options.peer for layout in sharded]
+    found: dict[tuple[str, str, int], list[dict[str, float]]] = {job: [] for job in jobs}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.peer:
             options.model = hugging_face_folder(Path(folder) / "model")
-            for peer in options.peer:
-                for layout in (each for each in options.layouts if each != "ddp"):
-                    found = row[f"{peer}_{layout}"] = measure(options, peer, layout, 2)
-                    ratio = row[layout]["seconds"] / found["seconds"]
-                    row[f"{layout}_to_{peer}"] = round(ratio, 3)
-                    row[f"{layout}_loss_difference_{peer}"] = row[layout]["loss"] - found["loss"]
-    machine.finish(row, "parallel", record=options.record)
+        for _ in range(options.rounds):
+            for job in jobs:
+                found[job].append(measure(options, *job))
+    row = machine.row("parallel", tokens=options.tokens, rounds=options.rounds)
+    medians = {
+        job: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        for job, runs in found.items()
+    }
+    machine.finish(row | compared(medians, options), "parallel", record=options.record)
+
+
+def compared(medians: Medians, options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the figures of all jobs, speed-ups of two processes, and ratios to the peers."""
+    found: dict[str, Any] = {"one": medians["ours", "ddp", 1]}
+    for layout in options.layouts:
+        found[layout] = two = medians["ours", layout, 2]
+        found[f"{layout}_speedup"] = round(found["one"]["seconds"] / two["seconds"], 3)
+        for peer in options.peer if layout != "ddp" else ():
+            found[f"{peer}_{layout}"] = theirs = medians[peer, layout, 2]
+            found[f"{layout}_to_{peer}"] = round(two["seconds"] / theirs["seconds"], 3)
+            found[f"{layout}_loss_difference_{peer}"] = two["loss"] - theirs["loss"]
+    return found
 
 
 def measure(options: argparse.Namespace, who: str, layout: str, ranks: int) -> dict[str, float]:
