@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from easyllm.batches.packing import POSITION_ROWS, Batch
-from easyllm.examples.sample import AnySample
+from easyllm.batches.packing import Batch
+from easyllm.examples.sample import POSITION_ROWS, AnySample
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.context import AdapterRows, ForwardContext, SharedRows
 

@@ -267,8 +267,8 @@ def plan_run(
     row = min(config.data.max_seq_len, config.micro_batch_tokens)
     computed = tokens - _shared_tokens(config, model, training_data, epochs)
     read = training_data.encoder_tokens(model, row)
-    flops = training_flops(model, (row,), adapter=config.adapter, prefixes=read).total
-    flops = flops / row * computed
+    of_row = training_flops(model, (row,), adapter=config.adapter, prefixes=read).total
+    flops = of_row / row * computed
     setup = _memory_setup(config, model, objective, step, dtype, device)
     memory = estimate_training(model, **setup)
     rate, free = flops_per_s or matmul_rate(dtype, device), memory_free_bytes(device)
