@@ -6,9 +6,9 @@
 # warning, and runs without positions: it generates fluent text of a worse model, and a tool that converts it reports success.
 #
 # Shown with models in which only the first layer does anything: without positions, exchanging two earlier tokens changes nothing in
-# what follows the last one.
+# what follows the last one (but for the rounding of the cache to fp16).
 # Seen on 1 December 2026 with Python 3.11 on Linux:
-#   "32 layers: exchanging two tokens changes the next token's log-probability by 0.1 or more; 31 layers: by less than 1e-4"
+#   "32 layers: exchanging two tokens changes the next token's log-probability by 0.1 or more; 31 layers: by less than 0.01"
 #
 # What to do: pad the model with layers that add nothing, or use another runtime. In this project: a Baichuan model with another
 # number of layers is not written as GGUF, with a sentence that says why.
@@ -102,7 +102,7 @@ few, all_layers = changed(31), changed(32)
 print(
     "32 layers: exchanging two tokens changes the next token's log-probability by "
     f"{'0.1 or more' if all_layers >= 0.1 else all_layers}; 31 layers: by "
-    f"{'less than 1e-4' if few < 1e-4 else few}"
+    f"{'less than 0.01' if few < 0.01 else few}"
 )
-sys.exit(0 if all_layers >= 0.1 and few < 1e-4 else 1)
+sys.exit(0 if all_layers >= 0.1 and few < 0.01 else 1)
 PYTHON
