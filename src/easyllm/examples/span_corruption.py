@@ -56,8 +56,8 @@ class SpanTokens:
                 if not there
             ]
             raise ConfigError(
-                f"span corruption needs {' and '.join(lacking)}, which the tokenizer lacks; add "
-                "them with easyllm tokenizer extend"
+                f"span corruption needs {' and '.join(lacking)}, which the tokenizer lacks; "
+                "train one with them (easyllm tokenizer train --special; see docs/train.md)"
             )
         return cls(sentinels=sentinels, end=tokenizer.eos_id, start=tokenizer.pad_id)
 
