@@ -383,7 +383,7 @@ class Decoder(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=std, generator=generator)
             elif module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+                module.reset_parameters(generator)
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:

@@ -28,9 +28,9 @@ class LearnedEmbedding(nn.Module):
         """
         return x + _looked_up(self.weight, positions)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialises the vectors from N(0, 0.02²)."""
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=0.02, generator=generator)
 
 
 class BlockLearnedEmbedding(nn.Module):
@@ -55,10 +55,10 @@ class BlockLearnedEmbedding(nn.Module):
         x = x + _looked_up(self.weight, rows[0])
         return x + _looked_up(self.block_weight, rows[1])
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialises the vectors from N(0, 0.02²)."""
-        nn.init.normal_(self.weight, std=0.02)
-        nn.init.normal_(self.block_weight, std=0.02)
+        nn.init.normal_(self.weight, std=0.02, generator=generator)
+        nn.init.normal_(self.block_weight, std=0.02, generator=generator)
 
 
 def _looked_up(table: Tensor, positions: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class MoE(nn.Module):
             self.selection_bias = before.to(self.selection_bias.device)
         return self
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
         """Sets the bias of the selection to zero."""
         if self.selection_bias is not None:
             self.selection_bias.zero_()

@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
             trace.keep(f"{name}.inverse", rows * FP32)
         return trace.made(name, len(self.weight), grad=x.grad, rows=rows)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
         """Sets the weight to one."""
         nn.init.ones_(self.weight)
 
@@ -56,7 +56,7 @@ class OffsetRMSNorm(RMSNorm):
             trace.keep(f"{name}.weight", len(self.weight) * FP32)
         return made
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
         """Sets the stored difference to zero."""
         nn.init.zeros_(self.weight)
 
@@ -94,7 +94,7 @@ class LayerNorm(nn.Module):
                 trace.keep(f"{name}.weights", (1 + (self.bias is not None)) * width * FP32)
         return trace.made(name, width, grad=x.grad, rows=rows)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
         """Sets the weight to one and the bias to zero."""
         nn.init.ones_(self.weight)
         if self.bias is not None:
@@ -127,7 +127,7 @@ class PartialRMSNorm(nn.Module):
             trace.keep(f"{name}.normal", rows * width * FP32)
         return trace.made(name, width, grad=x.grad, rows=rows)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
         """Sets the weight to one."""
         nn.init.ones_(self.weight)
 

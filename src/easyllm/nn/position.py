@@ -106,10 +106,10 @@ class T5Position(NoRotation):
         """Records the bucket of each pair."""
         trace.keep("buckets", trace.work.pairs * INT64)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialises the biases from N(0, 0.02²)."""
         if self.bias_table is not None:
-            nn.init.normal_(self.bias_table, std=0.02)
+            nn.init.normal_(self.bias_table, std=0.02, generator=generator)
 
 
 def t5_buckets(
@@ -184,11 +184,11 @@ class ShawPosition(NoRotation):
         limit = self.config.max_distance
         return (key[None, :] - query[:, None]).clamp(-limit, limit) + limit
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialises the vectors from N(0, 0.02²)."""
         for vectors in (self.key_vectors, self.value_vectors):
             if vectors is not None:
-                nn.init.normal_(vectors, std=0.02)
+                nn.init.normal_(vectors, std=0.02, generator=generator)
 
 
 class ReRopePosition(NoRotation):

@@ -32,10 +32,10 @@ class RelativeScores(NoRotation):
             grads = (scores.q.grad or scores.k.grad) + trace.work.trains_all
             trace.product("scores", scores.flops, scores.flops * grads)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialises matrices and vectors from N(0, 0.02²)."""
         for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=0.02, generator=generator)
 
 
 class TransformerXLPosition(RelativeScores):

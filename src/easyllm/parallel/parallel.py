@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from easyllm.core.errors import ConfigError
+from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.position_config import T5Bias
 from easyllm.parallel.config import FULLY_SHARDED, ParallelConfig
 from easyllm.parallel.fully_sharded import ShardedWeights
 from easyllm.parallel.mesh import Mesh
@@ -201,6 +203,18 @@ class Parallel:
         return [rank for rank, mark in enumerate(marks) if mark == min(marks) < max(marks)]
 
 
+def fully_sharded_reason(model: ModelConfig) -> str | None:
+    """Returns what keeps a model's weights from being gathered by layer (ZeRO-3, FSDP), or None."""
+    if model.has_experts:
+        return "mixtures of experts, because an expert without tokens has no gradient to reduce"
+    if model.encoder is not None:
+        return "encoder–decoders, whose layers have one table of positions in common"
+    positions = (getattr(layer.mixer, "position", None) for layer in model.layers)
+    if any(isinstance(position, T5Bias) and position.shared for position in positions):
+        return "layers that have one table of positions in common (position.shared)"
+    return None
+
+
 def parallelize(
     model: Decoder,
     mesh: Mesh,
@@ -226,11 +240,10 @@ def parallelize(
     for name, parameter in model.named_parameters():
         pieces.setdefault(name, Piece.whole(parameter.shape))
     if config.layout in FULLY_SHARDED:
-        if model.config.has_experts:
+        if reason := fully_sharded_reason(model.config):
             raise ConfigError(
-                f"parallel.layout={config.layout} does not train mixtures of experts, because an "
-                "expert without tokens has no gradient to reduce; set parallel.layout to ddp, "
-                "zero1 or zero2"
+                f"parallel.layout={config.layout} does not train {reason}; set parallel.layout to "
+                "ddp, zero1 or zero2"
             )
         sharded = ShardedWeights(model, pieces, mesh, compute=compute, offload=config.offload)
         return Parallel(mesh, sharded, tensors)
@@ -249,4 +262,4 @@ def _replace(model: nn.Module, name: str, value: Tensor) -> None:
     model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
-__all__ = ["Parallel", "parallelize"]
+__all__ = ["Parallel", "fully_sharded_reason", "parallelize"]

@@ -20,7 +20,9 @@ from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import Progress
 from easyllm.core.yaml_text import dump_yaml
 from easyllm.nn.config import ModelConfig
+from easyllm.parallel.config import FULLY_SHARDED
 from easyllm.parallel.launch import launch
+from easyllm.parallel.parallel import fully_sharded_reason
 from easyllm.parallel.tensor import check_tensor_parallel, tensor_degrees
 from easyllm.train.config import TrainConfig
 from easyllm.train.deepspeed import ranks_of_file, with_deepspeed
@@ -96,8 +98,9 @@ def verify_parallel(
         world = ranks_of_file(Path(config.deepspeed), config.parallel.tensor)
         config = with_deepspeed(config, world).model_copy(update={"deepspeed": None})
     small = shortened(config, steps)
-    degree, why = _tensor_degree(find_base_model(config).config, small)
-    plans, refused = _plans(small)
+    model = find_base_model(config).config
+    degree, why = _tensor_degree(model, small)
+    plans, refused = _plans(small, model)
     found: list[ParallelFinding] = []
     with Progress("verifying", total=len(plans) + 2, unit="layout") as progress:
         if degree == 2:
@@ -115,7 +118,7 @@ def verify_parallel(
     return found
 
 
-def _plans(config: TrainConfig) -> tuple[list[JsonObject], dict[str, str]]:
+def _plans(config: TrainConfig, model: ModelConfig) -> tuple[list[JsonObject], dict[str, str]]:
     """Returns the layouts to run, and why the others cannot train the recipe, by their names.
 
     Raises:
@@ -127,6 +130,8 @@ def _plans(config: TrainConfig) -> tuple[list[JsonObject], dict[str, str]]:
     for name, layout in LAYOUTS.items():
         parallel = config.parallel.model_copy(update={"layout": layout})
         reason = undivided_reason(config.model_copy(update={"parallel": parallel}), objective)
+        if layout in FULLY_SHARDED and (kept := fully_sharded_reason(model)):
+            reason = f"{layout} does not train {kept}"
         if reason:
             refused[name] = reason
         else:
